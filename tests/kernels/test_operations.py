@@ -240,3 +240,21 @@ def test_mixture_of_no_tokens() -> None:
     experts = [random_expert() for _ in range(2)]
     none = torch.empty(0, 1, dtype=torch.int64)
     assert mixture(torch.empty(0, 8), experts, none, torch.empty(0, 1), 10.0).shape == (0, 8)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_of_the_mixture_does_not_depend_on_its_neighbours_to_the_last_bit(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        experts = [Expert((Weight(torch.randn(192, 64)),), Weight(torch.randn(64, 96))) for _ in range(8)]
+        u, weights = torch.randn(256, 64), torch.rand(256, 3)
+        chosen = torch.stack([torch.randperm(8)[:3] for _ in range(256)])
+        whole = mixture(u, experts, chosen, weights, 10.0)
+        other, elsewhere = u.clone(), chosen.clone()
+        other[:128] = torch.randn(128, 64)
+        elsewhere[:128] = torch.stack([torch.randperm(8)[:3] for _ in range(128)])
+        elsewhere[:100] = torch.tensor([0, 1, 2])  # leaves single rows to some experts
+        assert torch.equal(mixture(other, experts, elsewhere, weights, 10.0)[128:], whole[128:])
+    finally:
+        torch.set_num_threads(before)

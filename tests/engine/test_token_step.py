@@ -1,0 +1,121 @@
+"""The NumPy step of one token against the model's own forward pass, from the same state."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4_engine import Engine
+from dsv4_engine.state import LayerState
+from dsv4_engine.token_step import TokenStep
+from support.random_checkpoint import make_checkpoint
+
+TOLERANCE = 2e-5  # of the largest value, as between splits of a prompt
+IDS = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def _engine(tmp_path: Path, kv_dtype: str, quantised: bool) -> Engine:
+    # Many index heads: with few, scores tie at exactly 0, and rounding decides.
+    return Engine.load(
+        make_checkpoint(tmp_path / "model", quantised=quantised, index_n_heads=16, seed=3), kv_dtype=kv_dtype, ctx=512
+    )
+
+
+def _tensors(layer: LayerState) -> list[torch.Tensor]:
+    found = [layer.window]
+    for block, rows in ((layer.block, layer.entries), (layer.index_block, layer.index_keys)):
+        if block is not None and rows is not None:
+            found += [block.pending, *(block.previous or ()), rows.read(0, len(rows))]
+    return found
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 127, 250])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "mixed"])
+def test_steps_agree_with_the_model(tmp_path: Path, kv_dtype: str, start: int) -> None:
+    engine = _engine(tmp_path, kv_dtype, quantised=False)
+    step, errors = TokenStep(engine.model), []
+    with torch.inference_mode():
+        state = engine.model.new_state()
+        if start:
+            engine.model.forward(torch.tensor(IDS[:start]), state)
+        for token in IDS[start : start + 9]:
+            ours, theirs = state.fork(), state.fork()
+            got, want = step.forward(token, ours), engine.model.forward(torch.tensor([token]), theirs)
+            errors.append(float((got - want).abs().max() / want.abs().max()))
+            assert ours.position == theirs.position
+            for a, b in zip(ours.layers, theirs.layers, strict=True):
+                for x, y in zip(_tensors(a), _tensors(b), strict=True):
+                    assert x.shape == y.shape
+            logits, expected = step.logits(want), engine.model.logits(want)
+            assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
+            state = theirs
+    if kv_dtype == "fp32":
+        assert max(errors) <= TOLERANCE
+    else:  # a value may cross a rounding boundary (docs/numerics.md)
+        assert torch.tensor(errors).median() < 2e-3
+
+
+@pytest.mark.parametrize("start", [0, 3, 127, 250])
+def test_steps_leave_the_same_state_behind(tmp_path: Path, start: int) -> None:
+    engine = _engine(tmp_path, "fp32", quantised=False)
+    step = TokenStep(engine.model)
+    with torch.inference_mode():
+        ours = engine.model.new_state()
+        if start:
+            engine.model.forward(torch.tensor(IDS[:start]), ours)
+        theirs = ours.fork()
+        for token in IDS[start : start + 9]:
+            step.forward(token, ours)
+            engine.model.forward(torch.tensor([token]), theirs)
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        for x, y in zip(_tensors(a), _tensors(b), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_rounded_activations_agree_in_the_median(tmp_path: Path) -> None:
+    engine = _engine(tmp_path, "mixed", quantised=True)
+    step, errors = TokenStep(engine.model), []
+    with torch.inference_mode():
+        state = engine.model.new_state()
+        engine.model.forward(torch.tensor(IDS[:140]), state)
+        for token in IDS[140:200]:
+            ours = state.fork()
+            got, want = step.forward(token, ours), engine.model.forward(torch.tensor([token]), state)
+            errors.append(float((got - want).abs().max() / want.abs().max()))
+    assert torch.tensor(errors).median() < 2e-3  # docs/numerics.md: what rounding of inputs allows
+
+
+def test_small_models_on_a_cpu_use_it_and_only_for_single_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, seen = _engine(tmp_path, "fp32", quantised=False), []
+    forward = TokenStep.forward
+    monkeypatch.setattr(TokenStep, "forward", lambda *a: (seen.append(a[1]), forward(*a))[1])
+    session = engine.session()
+    session.extend(IDS[:20])
+    session.extend([7])
+    session.fork().extend([9])
+    assert seen == [7, 9]
+
+
+def test_half_precision_models_do_not(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    assert not TokenStep.possible(Engine.load(folder, dtype="bfloat16").model)
+
+
+def test_an_interrupted_step_leaves_the_session_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine(tmp_path, "fp32", quantised=False)
+    session = engine.session()
+    session.extend(IDS[:130])
+    expected = session.fork().extend([7])
+    last = engine._step._layers[-1]  # type: ignore[union-attr]
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.extend([7])
+    assert session.position == 130
+    assert torch.equal(session.extend([7]), expected)
