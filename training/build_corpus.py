@@ -1,4 +1,4 @@
-"""Builds training/data/corpus.txt.xz from three freely licensed sources (see training/data/SOURCES.md).
+"""Builds evals/dsv4_evals/data/corpus.txt.xz from three freely licensed sources (see SOURCES.md beside it).
 
 Run once by a maintainer; the result is committed, so training itself needs no network and no packages.  A record
 is a header line ``\\x1e<name>`` and the text after it.  Files are taken in a fixed order until each
@@ -17,6 +17,7 @@ from pathlib import Path
 
 RECORD = "\x1e"
 VERSES_A_RECORD = 60
+OUT = Path(__file__).parents[1] / "evals" / "dsv4_evals" / "data" / "corpus.txt.xz"
 
 
 def stable_order(paths: list[Path], root: Path) -> list[Path]:
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--kjv", type=Path, required=True, help="the text as printed by `bible -f gen1:1-rev22:21`")
     parser.add_argument("--python-docs", type=Path, required=True)
     parser.add_argument("--stdlib", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data" / "corpus.txt.xz")
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     verses = sorted(kjv_records(options.kjv), key=lambda r: hashlib.sha256(r[0].encode()).digest())
     records = take(iter(verses), 1_800_000)

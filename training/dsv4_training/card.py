@@ -57,7 +57,7 @@ attention first, then the indexer, then sparse attention; FP4 experts, FP8 linea
 emulated in the last part.
 
 Text: the King James Bible (public domain), the documentation and parts of the standard library of Python 3.11 (PSF
-licence), and texts from the project's own templates. training/data/SOURCES.md has the details.
+licence), and texts from the project's own templates. evals/dsv4_evals/data/SOURCES.md has the details.
 
 ## Shape
 

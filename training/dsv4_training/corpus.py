@@ -1,6 +1,7 @@
 """The text behind training: the bundled corpus, its split, and the words that keys are made of.
 
-Knows nothing of tokens.  Sources and licences: training/data/SOURCES.md.
+Knows nothing of tokens.  Sources and licences: evals/dsv4_evals/data/SOURCES.md; the text ships there as
+the haystack of evaluations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-CORPUS = Path(__file__).parents[1] / "data" / "corpus.txt.xz"
+CORPUS = Path(__file__).parents[2] / "evals" / "dsv4_evals" / "data" / "corpus.txt.xz"
 RECORD = "\x1e"
 HELD_OUT_SHARE = 10  # one record, and one key, in so many is kept for evaluation
 
@@ -58,7 +59,7 @@ def parse(text: str) -> Corpus:
 
 
 def load(path: Path = CORPUS) -> Corpus:
-    """Raises ValueError when the file is missing: it lies beside the training code, not in the installed package."""
+    """Raises ValueError when the file is missing: it lies in a checkout, not beside the installed package."""
     if not path.is_file():
         raise ValueError(f"no corpus at {path}; train from a checkout of the repository, which holds it")
     return parse(lzma.decompress(path.read_bytes()).decode("utf-8"))
