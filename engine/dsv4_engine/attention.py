@@ -37,7 +37,8 @@ class Chunk:
 
     token_ids: int64 [S]; position: of the first; phases, by compress ratio: RoPE phases of head_dim channels
     [S, 1, C/2]; query_phases: the same times C^-0.5, which scales the queries on the way; back_phases: conjugate, for
-    outputs; index_phases: for index heads; visible, by compress ratio: finished blocks each token sees, int64 [S].
+    outputs; index_phases: for index heads; visible, by compress ratio: finished blocks each token sees, int64 [S] on
+    the host, where they bound loops.
     """
 
     token_ids: Tensor
@@ -51,7 +52,8 @@ class Chunk:
     @classmethod
     def at(cls, token_ids: Tensor, position: int, config: ModelConfig, freqs: dict[int, Tensor]) -> Chunk:
         """freqs: RoPE frequencies by compress ratio."""
-        positions = torch.arange(position, position + token_ids.shape[0], device=token_ids.device)
+        end = position + token_ids.shape[0]
+        positions = torch.arange(position, end, device=token_ids.device)
         window = rope_phases(positions, freqs[0], config.head_dim)[:, None]
         compress = rope_phases(positions, freqs[4], config.head_dim)[:, None]
         scale = config.head_dim**-0.5
@@ -63,7 +65,7 @@ class Chunk:
             _by_ratio(window * scale, compress * scale),
             _by_ratio(torch.conj_physical(window), torch.conj_physical(compress)),
             compress if same_width else rope_phases(positions, freqs[4], config.index_head_dim)[:, None],
-            {ratio: (positions + 1) // ratio for ratio in (4, 128)},
+            {ratio: torch.arange(position + 1, end + 1, device="cpu") // ratio for ratio in (4, 128)},
         )
 
 
@@ -122,13 +124,15 @@ class Attention:
             return dense_attention(q_SHC, window_RC, entries.read(0, total), None, self.sink, window, visible_S)
         chosen_SK = self.indexer.select(qr_SL, u_SD, chunk, state)
         if tokens == 1:
-            rows = entries.gather(chosen_SK[0].sort().values)
+            rows = entries.gather(chosen_SK[0])
             return dense_attention(q_SHC, window_RC, rows, None, self.sink, window)
         nobody = chosen_SK.masked_fill(chosen_SK < 0, total)  # -1 -> a row past the last, cut off again below
         if not gathers(total, self.indexer.topk, self.config.num_attention_heads):
             mask = torch.zeros(tokens, total + 1, dtype=torch.bool, device=u_SD.device).scatter_(1, nobody, True)
             rows = entries.read(0, total)
             return dense_attention(q_SHC, window_RC, rows, mask[:, :total], self.sink, window, visible_S)
+        if u_SD.device.type != "cpu":  # there decoding them all costs less than waiting for which were chosen
+            return gathered_attention(q_SHC, window_RC, entries.read(0, total), chosen_SK, self.sink, window)
         # Rows are decoded once for the whole chunk, only those that any query chose.
         wanted = torch.zeros(total + 1, dtype=torch.bool, device=u_SD.device)
         wanted[nobody] = True

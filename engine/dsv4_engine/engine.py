@@ -16,11 +16,12 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .errors import DeviceError, InputError
 from .locate import resolve_model
-from .model import Model, prefill_chunk
+from .model import Model
 from .placement import MemoryPlan, memory_plan
 from .session import Progress, Session
 from .source import Source
 from .state import KV_DTYPES, KvDtype
+from .token_step import TokenStep
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Engine:
     ) -> Engine:
         """Open the checkpoint ``path`` (a folder, an alias or a downloaded hub id).
 
+        device: cpu, cuda (torch's current one) or cuda:N; one that cannot be used is a DeviceError that says why.
         dtype: float32 | bfloat16, compute for unquantised weights; kv_dtype: mixed | bf16 | fp32 (docs/numerics.md);
         ctx: the context to plan memory for and to hold sessions to; None holds them to what the memory allows, at
         most the model's own limit.
@@ -88,10 +90,10 @@ class Engine:
             )
         weights = Weights.open(Checkpoint.open(folder), config, values=False)
         planned = ctx or min(config.max_position_embeddings, DEFAULT_PLAN_CTX)
-        plan = memory_plan(config, weights, device, dtype, kv_dtype, planned)
+        plan = memory_plan(config, weights, str(backend.device), dtype, kv_dtype, planned)
         seen = _counter(progress, weights.total_bytes)
         weights.check_values(seen)  # after the plan: reading gigabytes of scales should not delay a "does not fit"
-        source = Source(weights, DTYPES[dtype], plan.expand, seen=seen)
+        source = Source(weights, DTYPES[dtype], plan.expand, seen=seen, device=backend.device)
         kv: KvDtype = kv_dtype  # type: ignore[assignment]  # checked above
         model = Model(source, config, kv)
         return cls(
@@ -104,7 +106,7 @@ class Engine:
             dtype=dtype,
             kv_dtype=kv,
             ctx=ctx or min(config.max_position_embeddings, plan.max_ctx),
-            chunk=prefill_chunk(config, plan.working_set, plan.expand),
+            chunk=plan.chunk,
             plan=plan,
         )
 
@@ -121,8 +123,12 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty sequence."""
+        return Session(self.model, self.model.new_state(), [], self.ctx, self.chunk, self._step)
+
+    @cached_property
+    def _step(self) -> TokenStep | None:
         small = self.plan.expand and self.plan.weights < SMALL_WEIGHTS
-        return Session(self.model, self.model.new_state(), [], self.ctx, self.chunk, small)
+        return TokenStep(self.model) if small and TokenStep.possible(self.model) else None
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:

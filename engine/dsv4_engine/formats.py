@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4_kernels.linear import E2M1_VALUES, FP4_BLOCK, FP8_BLOCK, e8m0_to_float32
+from dsv4_kernels.linear import FP4_BLOCK, FP8_BLOCK, e2m1_pairs, e8m0_to_float32
 from dsv4_kernels.rounding import (
     E2M1_LARGEST,
     E4M3_LARGEST,
@@ -25,8 +25,6 @@ from dsv4_kernels.rounding import (
 
 CACHE_BLOCK = 64  # channels of a cache row that share one scale
 ROW_ALIGNMENT = 8
-
-_PAIRS = torch.tensor([(E2M1_VALUES[b & 15], E2M1_VALUES[b >> 4]) for b in range(256)])
 
 
 def float32_to_e8m0(scale: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Bytes uint8 or int8 [..., C/2] -> values float32 [..., C], without a scale."""
     byte = packed.contiguous().view(torch.uint8).flatten().to(torch.int32)
-    return _PAIRS.to(packed.device).index_select(0, byte).view(*packed.shape[:-1], packed.shape[-1] * 2)
+    return e2m1_pairs(packed.device).index_select(0, byte).view(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

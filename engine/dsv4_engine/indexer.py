@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv4_kernels.index import select_entries
 from dsv4_kernels.linear import linear
 from dsv4_kernels.rope import rotate
+from dsv4_kernels.tiling import tiling
 
 from .compressor import Compressor
 from .config import ModelConfig
@@ -18,8 +19,6 @@ from .state import LayerState
 
 if TYPE_CHECKING:
     from .attention import Chunk
-
-KEY_TILE = 8192
 
 
 class Indexer:
@@ -45,7 +44,8 @@ class Indexer:
         weights_SH = linear(u_SD, self.weights_proj).float() * (self.channels * self.heads) ** -0.5
 
         def key_tiles(count: int) -> Iterator[tuple[int, Tensor]]:
-            for start in range(0, count, KEY_TILE):
-                yield start, keys.read(start, min(start + KEY_TILE, count))
+            step = tiling(q_SHC.device).keys
+            for start in range(0, count, step):
+                yield start, keys.read(start, min(start + step, count))
 
         return select_entries(q_SHC, weights_SH, key_tiles, chunk.visible[4], self.topk)

@@ -6,6 +6,7 @@ Letters: S tokens, J residual streams, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,8 +46,8 @@ class Block:
     """Attention and experts, each inside its hyper-connection."""
 
     def __init__(self, source: Source, config: ModelConfig, ratio: int, hashed: bool, kv_dtype: KvDtype) -> None:
-        fmt = row_formats(config, kv_dtype)[0]
-        self.attn = Attention(source.under("attn"), config, ratio, fmt, compress_frequencies(config))
+        fmt, freqs = row_formats(config, kv_dtype)[0], compress_frequencies(config).to(source.device)
+        self.attn = Attention(source.under("attn"), config, ratio, fmt, freqs)
         self.ffn = MixtureOfExperts(source.under("ffn"), config, hashed)
         self.hc_attn = HyperConnection(source, config, "attn")
         self.hc_ffn = HyperConnection(source, config, "ffn")
@@ -79,7 +80,7 @@ class Model:
     """All layers.  ``forward`` advances a state by one chunk and returns the streams; ``logits`` reads them."""
 
     def __init__(self, source: Source, config: ModelConfig, kv_dtype: KvDtype) -> None:
-        self.config, self.kv_dtype, self.dtype = config, kv_dtype, source.dtype
+        self.config, self.kv_dtype, self.dtype, self.device = config, kv_dtype, source.dtype, source.device
         self.embed = source.raw("embed.weight")
         self.output = source.linear("head", float32=True)
         self.blocks = [
@@ -88,22 +89,26 @@ class Model:
         ]
         self.head = StreamsHead(source, config)
         self.mtp = MtpBlock(source.under("mtp.0"), config, kv_dtype) if source.weights.has_mtp else None
-        compress = compress_frequencies(config)
-        self._freqs = {0: window_frequencies(config), 4: compress, 128: compress}
+        compress = compress_frequencies(config).to(self.device)
+        self.freqs = {0: window_frequencies(config).to(self.device), 4: compress, 128: compress}
 
     def new_state(self) -> SequenceState:
         """The state before the first token."""
         return SequenceState(
-            [new_layer_state(self.config, ratio, self.kv_dtype) for ratio in self.config.compress_ratios]
+            [new_layer_state(self.config, ratio, self.kv_dtype, self.device) for ratio in self.config.compress_ratios]
         )
 
     def new_mtp_state(self) -> LayerState:
         """The MTP block's own state before the first token."""
         ratios = self.config.mtp_compress_ratios
-        return new_layer_state(self.config, ratios[0] if ratios else 0, self.kv_dtype)
+        return new_layer_state(self.config, ratios[0] if ratios else 0, self.kv_dtype, self.device)
 
     def forward(self, token_ids_S: Tensor, state: SequenceState) -> Tensor:
-        """Run int64 ids [S] after ``state.position`` tokens; advances the state; returns streams [S, J, D]."""
+        """Run int64 ids [S] after ``state.position`` tokens; advances the state; returns streams [S, J, D].
+
+        The ids may lie on the host; on a GPU this returns before the work is done (see `wait`).
+        """
+        token_ids_S = token_ids_S.to(self.device)
         chunk = self._chunk(token_ids_S, state.position)
         x_SJD = self._embedded(token_ids_S)[:, None].expand(-1, self.config.hc_mult, -1)
         for block, layer in zip(self.blocks, state.layers, strict=True):
@@ -122,8 +127,14 @@ class Model:
         """
         if self.mtp is None:
             raise ValueError("this checkpoint has no MTP block")
+        next_ids_S = next_ids_S.to(self.device)
         chunk = self._chunk(next_ids_S, position)
         return self._project(self.mtp.forward(self._embedded(next_ids_S), x_SJD, chunk, state))
+
+    def wait(self) -> None:
+        """Return once all work handed to the device so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _embedded(self, token_ids_S: Tensor) -> Tensor:
         return F.embedding(token_ids_S, self.embed).to(self.dtype)
@@ -132,25 +143,5 @@ class Model:
         return linear(h_SD.float(), self.output)
 
     def _chunk(self, token_ids_S: Tensor, position: int) -> Chunk:
-        return Chunk.at(token_ids_S, position, self.config, self._freqs)
+        return Chunk.at(token_ids_S, position, self.config, self.freqs)
 
-
-def working_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes of activations one prefilled token needs at a block's widest point, float32 (an upper estimate)."""
-    streams = 4 * config.hc_mult * config.hidden_size
-    attention = 4 * config.num_attention_heads * config.head_dim + 4 * 2 * config.head_dim
-    index = 3 * config.index_n_heads * config.index_head_dim
-    experts = (config.num_experts_per_tok + config.n_shared_experts) * (
-        config.hidden_size + 3 * config.moe_intermediate_size
-    )
-    return 4 * (streams + max(attention + index, experts))
-
-
-def prefill_chunk(config: ModelConfig, budget: int, expanded: bool) -> int:
-    """Tokens of a prefill chunk whose activations fit ``budget`` bytes: a multiple of 128, 128 at least.
-
-    Expanded weights are cheap to read again, and 512 tokens keep a small model's activations in the CPU's caches;
-    packed ones are unpacked once a chunk, which 2048 tokens share.
-    """
-    tokens = budget // working_bytes_per_token(config)
-    return int(min(512 if expanded else 2048, max(128, tokens // 128 * 128)))

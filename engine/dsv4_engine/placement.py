@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 from dsv4_engine.accounting import kv_bytes, kv_bytes_per_token, readable_bytes, sequence_state_bytes
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import DeviceError, MemoryPlanError
+from dsv4_kernels.tiling import GPU
 
 if TYPE_CHECKING:
     from dsv4_engine.weights import Weights
 
 EXPAND_SHARE = 0.25  # of the available memory that expanded weights may take
 MIN_WORKING_SET, MAX_WORKING_SET = 128 << 20, 1 << 30
+MIN_GPU_ACTIVATIONS = 512 << 20
+GPU_SHARE = 0.95  # of what is free: the rest goes to the libraries' own buffers and the allocator's rounding
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -30,7 +33,8 @@ class MemoryPlan:
     """All sizes in bytes.
 
     weights: as held.  weights_on_disk: as in the files.  unpacked: the largest matrix while it is unpacked for one use.
-    kv: one sequence's state at `ctx` tokens.  working_set: the budget for activations, whatever the context.
+    kv: one sequence's state at `ctx` tokens.  working_set: the budget for activations, whatever the context; on a GPU
+    also for one layer's rows in float32 at `ctx` tokens.  chunk: tokens of a prefill chunk, so that they fit it.
     expand: packed weights are held expanded in the compute dtype, else they are unpacked at each use.
     max_ctx: the longest context, in tokens, whose cache fits beside the rest; 0 when none does.
     """
@@ -43,6 +47,7 @@ class MemoryPlan:
     unpacked: int
     kv: int
     working_set: int
+    chunk: int
     available: int
     expand: bool
     max_ctx: int
@@ -71,10 +76,20 @@ def memory_plan(
     largest = max(4 * prod(spec.shape) for spec in weights.specs.values() if len(spec.shape) == 2)
     held = expanded if expand else packed
     unpacked = 0 if expand else largest
-    working_set = min(MAX_WORKING_SET, max(MIN_WORKING_SET, available // 16))
+    if device == "cpu":
+        working_set = min(MAX_WORKING_SET, max(MIN_WORKING_SET, available // 16))
+        # Expanded weights are cheap to read again, and 512 tokens keep a small model's activations in the caches;
+        # packed ones are unpacked once a chunk, which 2048 tokens share.
+        chunk, per_token = _chunk(config, working_set, 512 if expand else 2048), 0.0
+    else:
+        chunk = _chunk(config, max(MIN_GPU_ACTIVATIONS, available // 12), 8192)  # fewer leave it idle between launches
+        working_set = GPU.working_set + chunk * working_bytes_per_token(config)
+        per_token = _unpacked_rows_per_token(config)
     state = sequence_state_bytes(config)
     left = max(0, available - held - unpacked - working_set - state)
-    fitting = left / max(kv_bytes_per_token(config, kv_dtype), 1e-9)  # without compressed layers any length fits
+    working_set += int(ctx * per_token)
+    # Without compressed layers any length fits.
+    fitting = left / max(kv_bytes_per_token(config, kv_dtype) + per_token, 1e-9)
     plan = MemoryPlan(
         device=device,
         ctx=ctx,
@@ -84,6 +99,7 @@ def memory_plan(
         unpacked=unpacked,
         kv=kv_bytes(config, kv_dtype, ctx) + state,
         working_set=working_set,
+        chunk=chunk,
         available=available,
         expand=expand,
         max_ctx=int(min(config.max_position_embeddings, fitting)),
@@ -91,6 +107,27 @@ def memory_plan(
     if plan.needed > available:
         raise MemoryPlanError(_shortage(plan), _next_step(plan))
     return plan
+
+
+def working_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of activations one prefilled token needs at a block's widest point, float32 (an upper estimate)."""
+    streams = 4 * config.hc_mult * config.hidden_size
+    attention = 4 * config.num_attention_heads * config.head_dim + 4 * 2 * config.head_dim
+    index = 3 * config.index_n_heads * config.index_head_dim
+    experts = (config.num_experts_per_tok + config.n_shared_experts) * (
+        config.hidden_size + 3 * config.moe_intermediate_size
+    )
+    return 4 * (streams + max(attention + index, experts))
+
+
+def _chunk(config: ModelConfig, budget: int, most: int) -> int:
+    """Tokens whose activations fit ``budget`` bytes: a multiple of 128, 128 at least."""
+    return min(most, max(128, budget // working_bytes_per_token(config) // 128 * 128))
+
+
+def _unpacked_rows_per_token(config: ModelConfig) -> float:
+    """Bytes a token of the layer with the most rows, while a GPU reads all of them as float32."""
+    return 4 * config.head_dim / min((r for r in config.compress_ratios if r), default=float("inf"))
 
 
 def _held(weights: Weights, name: str, dtype: str, expand: bool) -> int:
@@ -127,8 +164,10 @@ def _next_step(plan: MemoryPlan) -> str:
 
 
 def available_memory(device: str = "cpu") -> int:
-    """Bytes that can be used on a device now: for "cpu" what the system, the control group and the process' own limit
-    leave, pages of files that can be dropped counted as free.  Raises DeviceError for an unknown or absent device.
+    """Bytes that can be used on a device now.  Raises DeviceError for an unknown or absent device.
+
+    For "cpu" what the system, the control group and the process' own limit leave, pages of files that can be dropped
+    counted as free.  For a GPU what no process has taken, and what this one's allocator keeps and does not use.
     """
     if device == "cpu":
         import psutil
@@ -141,7 +180,8 @@ def available_memory(device: str = "cpu") -> int:
     index = device.partition(":")[2] or "0"
     if not index.isdecimal() or not torch.cuda.is_available() or int(index) >= torch.cuda.device_count():
         raise DeviceError(f"there is no device {device!r} on this machine", "Use --device cpu, or see `dsv4 doctor`.")
-    return int(torch.cuda.mem_get_info(int(index))[0])
+    kept = torch.cuda.memory_reserved(int(index)) - torch.cuda.memory_allocated(int(index))
+    return int(GPU_SHARE * (torch.cuda.mem_get_info(int(index))[0] + kept))
 
 
 def _cgroup_free(root: Path = _CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:

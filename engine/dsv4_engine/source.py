@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .weights import Weights
 
 @dataclass(frozen=True)
 class Source:
-    """Weights below ``prefix``.
+    """Weights below ``prefix``, on ``device``.
 
     expand: packed matrices are held expanded in ``dtype``, else they are unpacked at each use.  seen(bytes) is called
     for every tensor taken, with its size on disk.
@@ -26,6 +26,7 @@ class Source:
     expand: bool
     prefix: str = ""
     seen: Callable[[int], object] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def under(self, name: str) -> Source:
         return replace(self, prefix=f"{self.prefix}{name}.")
@@ -35,14 +36,14 @@ class Source:
         return self.raw(name).float()
 
     def raw(self, name: str) -> Tensor:
-        """A tensor as it is on disk."""
+        """A tensor in the type that it has on disk."""
         self._saw(name)
-        return self.weights.tensor(self.prefix + name)
+        return self.weights.tensor(self.prefix + name).to(self.device)
 
     def linear(self, name: str, *, float32: bool = False) -> Weight:
         """A matrix.  float32: it computes in float32 whatever the model's dtype."""
         self._saw(f"{name}.weight")
-        weight = self.weights.weight(self.prefix + name)
+        weight = self.weights.weight(self.prefix + name).to(self.device)
         return weight.expanded(torch.float32 if float32 else self.dtype) if self.expand else weight
 
     def linears(self, *names: str, float32: bool = False) -> tuple[Weight, ...]:

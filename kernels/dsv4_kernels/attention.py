@@ -8,22 +8,14 @@ Source: report, section 2.3; facts on the sink and the window in the published i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-WORKING_SET = 64 << 20
-MAX_TILE = 64  # a tile reads MAX_TILE + window - 1 rows for window seen ones: small tiles waste little
+from .tiling import tiling
+
 NEG_INF = float("-inf")
-
-
-def query_tiles(queries: int, bytes_per_query: int, working_set: int = WORKING_SET) -> Iterator[tuple[int, int]]:
-    """[start, end) of query tiles of at most MAX_TILE, each within ``working_set`` bytes (one query at least)."""
-    size = max(1, min(MAX_TILE, working_set // max(1, bytes_per_query)))
-    for start in range(0, queries, size):
-        yield start, min(start + size, queries)
 
 
 @lru_cache(maxsize=64)
@@ -77,17 +69,18 @@ def dense_attention(
 ) -> Tensor:
     """As `window_attention`, with compressed entries in the same softmax: float32 [S, H, C].
 
-    entries: float32 [N, C].  Query t sees entries i < visible_S[t] (int64, not decreasing; None: all entries), and of
-    those, where ``mask`` (bool [S, N]) is given, the ones it marks.
+    entries: float32 [N, C].  Query t sees entries i < visible_S[t] (int64 on the host, where it bounds the loop, not
+    decreasing; None: all entries), and of those, where ``mask`` (bool [S, N]) is given, the ones it marks.
     """
     queries, heads, channels = q_SHC.shape
+    size = tiling(q_SHC.device)
     zero_1C = window_RC.new_zeros(1, channels)
     outs = []
-    for start, end in query_tiles(queries, (heads * 4 + 8) * (2 * window + entries_NC.shape[0])):
+    for start, end in size.tiles(queries, (heads * 4 + 8) * (size.queries + window + entries_NC.shape[0])):
         rows, bias = _window_tile(window_RC, start, end, queries, window)
         count = entries_NC.shape[0] if visible_S is None else int(visible_S[end - 1])
         if visible_S is not None and count:
-            shown = torch.arange(count, device=rows.device) < visible_S[start:end, None]
+            shown = torch.arange(count, device=rows.device) < visible_S[start:end, None].to(rows.device)
             if mask is not None:
                 shown &= mask[start:end, :count]
             near = rows.new_zeros(end - start, rows.shape[0]) if bias is None else bias
@@ -104,9 +97,10 @@ def gathered_attention(
     Reads K rows a query instead of scoring all N; the better choice once N is many times K.
     """
     queries, heads, channels = q_SHC.shape
+    size = tiling(q_SHC.device)
     out = torch.empty_like(q_SHC)
     picked = selected_SK.shape[1]
-    for start, end in query_tiles(queries, 4 * picked * channels + 8 * heads * (2 * window + picked)):
+    for start, end in size.tiles(queries, 4 * picked * channels + 8 * heads * (size.queries + window + picked)):
         tile = end - start
         rows, bias = _window_tile(window_RC, start, end, queries, window)
         index = selected_SK[start:end]

@@ -8,7 +8,8 @@ Letters: S tokens, O outputs, I inputs, G groups.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -21,7 +22,13 @@ ACTIVATION_BLOCK = 128
 FP8_BLOCK = 128
 FP4_BLOCK = 32
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_E2M1_PAIRS = torch.tensor([(E2M1_VALUES[b & 15], E2M1_VALUES[b >> 4]) for b in range(256)])  # low nibble first
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a tensor made in inference mode could not take part in training later
+def e2m1_pairs(device: torch.device) -> Tensor:
+    """The two values in each of the 256 bytes, low nibble first: float32 [256, 2]."""
+    return torch.tensor([(E2M1_VALUES[b & 15], E2M1_VALUES[b >> 4]) for b in range(256)], device=device)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,12 @@ class Weight:
     def nbytes(self) -> int:
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
+    def to(self, device: torch.device) -> Weight:
+        """The same weight on ``device``; itself where it is there already."""
+        if self.data.device == device:
+            return self
+        return replace(self, data=self.data.to(device), scale=None if self.scale is None else self.scale.to(device))
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The matrix [O, I] in ``dtype``; exact in float32 and in bfloat16 for both packed formats."""
         if self.fmt == "plain":
@@ -58,7 +71,7 @@ class Weight:
             scale_OI = scale.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
             return e4m3_to_float32(self.data).mul_(scale_OI).to(dtype)
         codes = self.data.view(torch.uint8).to(torch.int32).flatten()
-        values = _E2M1_PAIRS.to(codes.device).index_select(0, codes).view(self.shape[0], -1, FP4_BLOCK)
+        values = e2m1_pairs(codes.device).index_select(0, codes).view(self.shape[0], -1, FP4_BLOCK)
         return (values * scale[..., None]).flatten(1).to(dtype)
 
     def expanded(self, dtype: torch.dtype) -> Weight:
@@ -70,8 +83,8 @@ class Weight:
 
 def e8m0_to_float32(scale: Tensor) -> Tensor:
     """float8_e8m0fnu (or its bytes) -> 2^(byte - 127) in float32; byte 0, below float32's normals, included."""
-    byte = scale.view(torch.uint8).to(torch.int32)
-    return torch.ldexp(torch.ones(byte.shape, device=scale.device), byte - 127)
+    bits = scale.view(torch.uint8).to(torch.int32) << 23  # the byte is a float32's exponent field
+    return bits.clamp_min_(1 << 22).view(torch.float32)  # 2^-127 is the one with a mantissa bit instead
 
 
 def linear(x: Tensor, weight: Weight, rounded: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from dsv4_kernels import attention as kernel
 from dsv4_kernels.attention import dense_attention, gathered_attention, window_attention
+from dsv4_kernels.tiling import Tiling
 
 RELATIVE_RMS = 2e-6
 
@@ -48,7 +49,7 @@ def test_window(queries: int, before: int, window: int) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("queries", "before", "ratio"), [(1, 7, 4), (200, 7, 4), (5, 3, 128), (260, 0, 128)])
 def test_dense_entries(queries: int, before: int, ratio: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "MAX_TILE", 37)
+    monkeypatch.setattr(kernel, "tiling", lambda device: Tiling(queries=37, keys=1, working_set=1 << 26))
     position = 500
     visible = (torch.arange(position, position + queries) + 1) // ratio
     q, rows, entries, sink = inputs(queries, before, int(visible[-1]))
