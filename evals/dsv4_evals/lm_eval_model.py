@@ -244,7 +244,8 @@ class ProtocolLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text; where it is longer than the context, in windows as lm-eval cuts them."""
-        size = self.ctx - self.model.overhead(Prompt((), chat=False), _SCORING) - 1
+        beginning = self.model.overhead(Prompt((), chat=False), _SCORING)
+        size = self.ctx - beginning - 1
         keys = _keys("loglikelihood_rolling", requests)
         results = []
         for place, (request, (key, _)) in enumerate(zip(requests, keys, strict=True)):
@@ -263,7 +264,7 @@ class ProtocolLM(TemplateLM):
                     **_names("loglikelihood_rolling", request),
                     "status": "ok",
                     "logprob": logprob,
-                    **self._spent(0, 0, len(ids)),
+                    **self._spent(beginning, 0, len(ids)),
                     "seconds": {"context": seconds, "prefill": 0.0, "decode": 0.0},
                 }
                 self._keep(line, "loglikelihood_rolling", request)

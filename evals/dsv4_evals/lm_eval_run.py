@@ -17,6 +17,7 @@ from typing import Any
 
 import lm_eval
 import numpy as np
+from datasets.exceptions import DatasetsError
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
@@ -80,16 +81,25 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
 class Loaded:
     """One named task, group or tag of a plan: ``dictionary`` is what lm-eval's evaluate takes."""
 
-    def __init__(self, name: str, dictionary: Mapping[str, Any]) -> None:
-        self.name, self.dictionary = name, dictionary
-        self.tasks: Mapping[str, Any] = dictionary["tasks"]
+    name: str
+    dictionary: Mapping[str, Any]
 
-    def documents(self, limit: int | None) -> int:
-        counts = (len(task.eval_docs) for task in self.tasks.values())
-        return sum(count if limit is None else min(limit, count) for count in counts)
+    @property
+    def tasks(self) -> Mapping[str, Any]:
+        """lm-eval's task objects by name."""
+        tasks: Mapping[str, Any] = self.dictionary["tasks"]
+        return tasks
+
+
+def documents(loaded: Sequence[Loaded], limit: int | None) -> int:
+    """How many there are to ask about; a task that came by two names counts once."""
+    tasks = {name: task for one in loaded for name, task in one.tasks.items()}
+    counts = (len(task.eval_docs) for task in tasks.values())
+    return sum(count if limit is None else min(limit, count) for count in counts)
 
 
 def load(plan: Plan) -> list[Loaded]:
@@ -132,11 +142,10 @@ def run(
     """
     if drawing.thinking != "none" and not plan.chat:
         raise EvalError("thinking needs the chat template", "Leave out --no-chat or --think.")
-    documents = sum(one.documents(plan.limit) for one in loaded)
     about = {**model.about(), "lm_eval": lm_eval.__version__}
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    with Record.open(folder, plan.identity(model, drawing), model.ctx, documents, about) as record:
+    with Record.open(folder, plan.identity(model, drawing), model.ctx, documents(loaded, plan.limit), about) as record:
         journal = Journal(folder / REQUESTS)
         for one in loaded:
             chat = plan.chat and one.name not in plan.plain
@@ -194,6 +203,10 @@ def _loaded(manager: TaskManager, name: str) -> Mapping[str, Any]:
             f"the data of {name} is not on this machine, and the hub does not give it: {error}",
             "Load the data where there is a network and copy its cache (HF_HOME) here; LongBench takes --data.",
         ) from error
+    except (DatasetsError, StopIteration) as error:  # the latter for an empty file
+        raise DataError(f"the data of {name} cannot be read: {error}", "Look at the files its task names.") from error
+    except ValueError as error:
+        raise TaskError(f"the task {name} cannot be loaded: {error}", "Correct its file.") from error
     except AssertionError as error:  # RULER's, when nobody told it a tokenizer
         raise TaskError(f"the task {name} cannot be made: {error}", "Pass what it needs with --metadata.") from error
 
@@ -204,6 +217,8 @@ def _prepare(task: Any, plan: Plan) -> None:
         raise TaskError(f"the task {name} runs code that the model writes", "Run it with lm-eval in a sandbox.")
     if getattr(task, "MULTIMODAL", False):
         raise TaskError(f"the task {name} shows images or sound, and the model reads text only", "Choose another.")
+    if not len(task.eval_docs):
+        raise DataError(f"the task {name} has no documents", "Look at the files its task names.")
     if plan.num_fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 is a task's way to say "never"
         task.set_config(key="num_fewshot", value=plan.num_fewshot)
     elif task.get_config("num_fewshot") is None:
@@ -276,7 +291,7 @@ def _line(
         expected=_json(samples[0]["target"]),
         prompt=samples[0]["prompt_hash"][:16],
         status=status,
-        score=None if status == "too_long" else _score(samples[0], better),
+        score={"too_long": None, "no_answer": 0.0}.get(status, _score(samples[0], better)),
         answer=answers[0] if answers else "",
         reasoning=next((request["reasoning"] for request in requests if request.get("reasoning")), ""),
         finish=next((request["finish"] for request in requests if request.get("finish")), None),

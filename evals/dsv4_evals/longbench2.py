@@ -101,30 +101,34 @@ class LongBench2:
             digest.update(json.dumps([getattr(item, field.name) for field in fields(item)]).encode())
         return digest.hexdigest()
 
-    def cells(self, lengths: Sequence[int], samples: int, seed: int, options: Mapping[str, Json]) -> list[Cell]:
+    def cells(
+        self,
+        lengths: Sequence[int],
+        samples: int,
+        seed: int,
+        options: Mapping[str, Json],
+        progress: Progress = lambda done, total: None,
+    ) -> list[Cell]:
         """A cell for each record that the options keep, shortest first; the first ``samples`` of them, 0 for all.
 
-        lengths: not used, because records have the length they have.
+        lengths: records that take more tokens than the last of them are left out; none are, where there is none.
+        progress counts records as their tokens are counted, which takes minutes for the whole file, once.
         """
-        chosen = self.measure(samples, options)
-        return sorted((self._cell(i, seed) for i in chosen), key=lambda cell: cell.ctx)
-
-    def measure(
-        self, samples: int, options: Mapping[str, Json], progress: Progress = lambda done, total: None
-    ) -> list[int]:
-        """Count the tokens of the records that `cells` takes, which are returned, once: minutes for the whole file."""
         kept = [i for i, item in enumerate(self.items) if _kept(item, options)]
         if not kept:
             raise TaskError("no record of the file is left", "Leave out some of the conditions.")
         # Equal documents come together: a model that keeps prefixes reads them once.
         kept.sort(key=lambda i: (len(self.items[i].context), self.items[i].context))
-        kept = kept[: samples or None]
+        cells: list[Cell] = []
         for number, i in enumerate(kept, 1):
-            if i not in self._tokens:
-                prompt, question = self._asked(self.items[i])
-                self._tokens[i] = self._overhead(prompt) + len(prompt.ids) + len(question.ids) + self.max_tokens
+            if not lengths or self._count(i) <= lengths[-1]:
+                cells.append(self._cell(i, seed))
             progress(number, len(kept))
-        return kept
+            if len(cells) == samples:
+                break
+        if not cells:
+            raise TaskError(f"no record fits {lengths[-1]:,} tokens", "Give a larger --ctx, or other conditions.")
+        return sorted(cells, key=lambda cell: cell.ctx)
 
     def build(self, cell: Cell, building: Building) -> Sample:
         prompt, question = self._asked(self.items[cell.params["sample"]])
@@ -142,7 +146,14 @@ class LongBench2:
     def _cell(self, place: int, seed: int) -> Cell:
         item = self.items[place]
         params = {"difficulty": item.difficulty, "length": item.length, "domain": item.domain, "sample": place}
-        return Cell(self.name, 1 << (self._tokens[place] - 1).bit_length(), seed, params)
+        return Cell(self.name, 1 << (self._count(place) - 1).bit_length(), seed, params)
+
+    def _count(self, place: int) -> int:
+        """Tokens of a record's question and answer."""
+        if place not in self._tokens:
+            prompt, question = self._asked(self.items[place])
+            self._tokens[place] = self._overhead(prompt) + len(prompt.ids) + len(question.ids) + self.max_tokens
+        return self._tokens[place]
 
 
 def breakdown(lines: Sequence[Line]) -> dict[str, Any]:

@@ -41,10 +41,13 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
 
 
 def heat_map(by_depth: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Rows by depth, columns by length: {"lengths", "depths", "values": [[mean or None]]}; None without two cells."""
+    """Rows by depth, columns by length: {"lengths", "depths", "values": [[mean or None]]}.
+
+    None without two cells, and where half of them would be empty: chance places are no grid.
+    """
     lengths = sorted({row["ctx"] for row in by_depth})
     depths = sorted({row["depth"] for row in by_depth})
-    if len(by_depth) < 2:
+    if len(by_depth) < 2 or 2 * len(by_depth) <= len(lengths) * len(depths):
         return None
     found = {(row["depth"], row["ctx"]): row["mean"] for row in by_depth}
     return {

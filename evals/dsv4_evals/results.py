@@ -26,6 +26,7 @@ def results(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
     """The document of results.json (values are JSON values; shares and scores from 0 to 1)."""
     lines = sorted(lines, key=lambda line: line.ctx)
     by_length = [{"ctx": ctx, **_length(list(some))} for ctx, some in groupby(lines, lambda line: line.ctx)]
+    means = [(row["ctx"], row["mean"]) for row in by_length]  # of no length in particular where samples have their own
     built = {line.cell: line.questions for line in lines}
     settled = dict.fromkeys(built, 0)
     for line in lines:
@@ -46,7 +47,7 @@ def results(run: Run, lines: Sequence[Line]) -> dict[str, Any]:
         "by_depth": _grouped(
             [line for line in lines if depth_of(line) is not None], lambda line: {"depth": depth_of(line)}
         ),
-        "effective_length": effective_length([(row["ctx"], row["mean"]) for row in by_length]),
+        "effective_length": effective_length(means) if run.identity.get("lengths") else None,
         "effective_share": EFFECTIVE_SHARE,
         "diagnostics": _diagnostics([line for line in _positive(lines) if line.diagnostics and line.score is not None]),
     }

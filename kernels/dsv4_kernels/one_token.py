@@ -97,7 +97,7 @@ def round_bf16(x: Floats) -> Floats:
 
 def sigmoid(x: Floats) -> Floats:
     """1 / (1 + exp(-x)); the exponential may overflow to infinity, which gives the right 0."""
-    return 1.0 / (1.0 + np.exp(-x))
+    return np.float32(1.0) / (np.exp(-x) + np.float32(1.0))
 
 
 def mixing(
@@ -139,7 +139,7 @@ def swiglu(gate_up: Floats, limit: float) -> Floats:
     half = gate_up.shape[-1] // 2
     gate = np.minimum(gate_up[..., :half], np.float32(limit))
     up = np.minimum(np.maximum(gate_up[..., half:], np.float32(-limit)), np.float32(limit))
-    return gate / (1.0 + np.exp(-gate)) * up
+    return gate * sigmoid(gate) * up
 
 
 def router_scores(logits_E: Floats) -> Floats:

@@ -141,6 +141,9 @@ def test_the_page_of_a_comparison() -> None:
 
 
 def test_the_heat_map_leaves_out_what_was_not_asked() -> None:
-    grid = heat_map([{"ctx": 4096, "depth": 50.0, "mean": 0.5}, {"ctx": 1024, "depth": 0.0, "mean": 1.0}])
-    assert grid == {"lengths": [1024, 4096], "depths": [0.0, 50.0], "values": [[1.0, None], [None, 0.5]]}
-    assert heat_map([{"ctx": 4096, "depth": 50.0, "mean": 0.5}]) is None
+    cells = [{"ctx": 4096, "depth": 50.0, "mean": 0.5}, {"ctx": 1024, "depth": 0.0, "mean": 1.0}]
+    assert heat_map(cells) is None  # half of it would be empty
+    assert heat_map([*cells, {"ctx": 4096, "depth": 0.0, "mean": 0.0}]) == {
+        "lengths": [1024, 4096], "depths": [0.0, 50.0], "values": [[1.0, 0.0], [None, 0.5]],
+    }  # fmt: skip
+    assert heat_map(cells[:1]) is None

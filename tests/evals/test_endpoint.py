@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("httpx2", reason="httpx2 is not installed")
+
 from dsv4_evals.endpoint import Endpoint
 from dsv4_evals.endpoint_http import base_url
 from dsv4_evals.errors import EvalError, ModelError, TooLongError, UnsupportedError

@@ -488,7 +488,19 @@ def test_unknown_names_say_what_is_close(sums: Path) -> None:
 def test_patterns(sums: Path) -> None:
     loaded = lm_eval_run.load(Plan(("s*", "sums", "colo*"), include=(sums,), defaults=False))
     assert [one.name for one in loaded] == ["sums", "colours"]
-    assert sum(one.documents(None) for one in loaded) == 6 and sum(one.documents(3) for one in loaded) == 5
+    assert lm_eval_run.documents(loaded, None) == 6 and lm_eval_run.documents(loaded, 3) == 5
+
+
+def test_a_task_by_two_names_counts_once(sums: Path, tmp_path: Path) -> None:
+    found = run(sums, tmp_path / "out", ScriptedModel(adding), "sums", "both")
+    assert found["finished"] and found["questions"]["done"] == 6
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "no documents|cannot be read"), ("{broken\n", "cannot be read")])
+def test_data_that_cannot_be_used(sums: Path, text: str, message: str) -> None:
+    (sums / "sums.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        lm_eval_run.load(Plan(("sums",), include=(sums,), defaults=False))
 
 
 @pytest.mark.parametrize(

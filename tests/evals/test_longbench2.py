@@ -168,10 +168,23 @@ def test_cells_are_as_long_as_their_questions(tmp_path: Path) -> None:
     assert len({cell.id for cell in cells}) == 3
 
 
-def test_measuring_tells_how_far_it_is(tmp_path: Path) -> None:
+def test_counting_tokens_tells_how_far_it_is(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    task_of(write(tmp_path, v2_records())).measure(3, {}, lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    task = task_of(write(tmp_path, v2_records()))
+    task.cells((), 3, 0, {}, lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4)]
+
+
+def test_longer_questions_can_be_left_out(tmp_path: Path) -> None:
+    records = [v2_record(_id=str(size), context="x" * size) for size in (9000, 100, 3000)]
+    task = task_of(write(tmp_path, records))
+    document, question = task.items[2].prompt()
+    exact = len(document) + len(question) + OVERHEAD + task.max_tokens
+    assert [cell.params["sample"] for cell in task.cells((exact,), 0, 0, {})] == [1, 2]
+    assert [cell.params["sample"] for cell in task.cells((exact - 1,), 0, 0, {})] == [1]
+    assert [cell.params["sample"] for cell in task.cells((exact,), 1, 0, {})] == [1]
+    with pytest.raises(TaskError, match="no record fits 100 tokens"):
+        task.cells((100,), 0, 0, {})
 
 
 def test_equal_documents_stand_together(tmp_path: Path) -> None:

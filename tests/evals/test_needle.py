@@ -159,7 +159,6 @@ def test_saying_that_something_is_not_there(answer: str, right: bool) -> None:
 
 
 def test_million_token_samples_hold_what_is_asked(building: Building) -> None:
-
     (cell,) = NeedleBatch().cells([1 << 20], 1, 0, {"needles": 1000})
     sample = NeedleBatch().build(cell, building)
     assert size(sample) == 1 << 20

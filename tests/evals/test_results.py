@@ -26,8 +26,13 @@ def line(ctx: int, score: float | None, sample: int = 0, question: int = 0, **ch
     return Line(**values)
 
 
-def found(lines: Sequence[Line], cells: int | None = None) -> dict[str, Any]:
-    run = Run({"task": "t"}, 1 << 20, len({one.cell for one in lines}) if cells is None else cells, [{"about": {}}])
+def found(lines: Sequence[Line], cells: int | None = None, lengths: Sequence[int] = (4096,)) -> dict[str, Any]:
+    run = Run(
+        {"task": "t", "lengths": list(lengths)},
+        1 << 20,
+        len({one.cell for one in lines}) if cells is None else cells,
+        [{"about": {}}],
+    )
     document = results(run, lines)
     json.dumps(document, allow_nan=False)
     return document
@@ -65,6 +70,12 @@ def test_means_by_length_and_cell() -> None:
     assert document["score"]["mean"] == pytest.approx(11 / 12)
     assert document["effective_length"] == 4096
     assert document["finished"]
+
+
+def test_samples_that_have_the_size_they_have_have_no_effective_length() -> None:
+    lines = [line(4096, 1.0), line(8192, 1.0)]
+    assert found(lines)["effective_length"] == 8192
+    assert found(lines, lengths=())["effective_length"] is None
 
 
 def test_depths_of_questions_are_taken_by_tenths() -> None:

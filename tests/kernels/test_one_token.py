@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from dsv4_kernels import compress, hyper_connection, moe, norm, one_token, rope, rounding
 
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
