@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from dsv4cli.errors import InputProblem
 from dsv4cli.interrupt import Stop, Stopped, stop_on_ctrl_c
+from dsv4cli.keeping import Keeping, Recorder, tell_miss
 from dsv4cli.options import Think
 from dsv4cli.output import count, file_size, note, per_second, progress_bar, write
 
 if TYPE_CHECKING:
     from dsv4_engine import Engine, Session
     from dsv4_engine.generate import Done
+    from dsv4_engine.prefix_cache.cache import PrefixCache
     from dsv4_engine.sampling import Sampling
 
 Message = Mapping[str, Any]
@@ -39,10 +41,14 @@ class How:
 
 @dataclass
 class Outcome:
-    """One answer and what it cost.  Tokens are counted over the whole prompt; seconds are the model's work."""
+    """One answer and what it cost.  Tokens are counted over the whole prompt; seconds are the model's work.
+
+    session: holds the prompt and the answer; None where nothing was read, or a step was interrupted half-way.
+    """
 
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int = 0
+    session: Session | None = None
     text: str = ""
     reasoning: str = ""
     finish_reason: str = "cancelled"
@@ -51,7 +57,6 @@ class Outcome:
     decode_s: float = 0.0
     kv_bytes: int = 0
     problems: list[str] = field(default_factory=list)
-    whole: bool = True  # False: a step was interrupted half-way, so the session behind it must not be used again
 
     @property
     def prefill_rate(self) -> float:
@@ -114,40 +119,47 @@ def thinking_advice(think: Think, ctx: int) -> str:
 
 def stream_answer(
     engine: Engine,
-    session: Session,
     ids: Sequence[int],
     how: How,
     *,
     screen: Screen,
+    base: Session | None = None,
+    keeping: Keeping | None = None,
+    recorder: Recorder | None = None,
     before_answer: Callable[[Session], None] | None = None,
 ) -> Outcome:
-    """Feed ``ids`` (what the session does not hold yet), draw an answer, and show it as it comes.
+    """Feed the prompt ``ids``, draw an answer, and show it as it comes.
 
-    ``before_answer`` sees the session when only the last id is still to be fed, which is the place to fork it.
+    base: a session that holds a beginning of the prompt and goes on from there; where it has no cuts, the cache may
+    know more.  recorder: keeps the tokens, and knows those that were drawn before an interruption.  ``before_answer``
+    sees the session when only the last id is still to be fed, which is the place to fork it.
     Ctrl-C ends between two tokens with finish_reason "cancelled" and everything drawn so far.
     """
-    outcome = Outcome(session.position + len(ids), session.position)
+    outcome = Outcome(len(ids))
     try:
         with stop_on_ctrl_c() as stop:
-            _read_prompt(session, ids[:-1], outcome, stop)
+            session = _read_prompt(engine, ids, base, keeping.cache if keeping else None, outcome, stop)
             if before_answer is not None:
                 before_answer(session)
-            _draw(engine, session, ids[-1:], how, outcome, stop, screen)
+            _draw(engine, session, ids[-1:], how, outcome, stop, screen, recorder or Recorder())
     except Stopped:
         pass
     except KeyboardInterrupt:
-        outcome.whole = False
+        outcome.session = None
     finally:
         screen.close()
-    outcome.kv_bytes = session.kv_bytes
+        if keeping is not None:
+            keeping.tell()
+    outcome.kv_bytes = outcome.session.kv_bytes if outcome.session is not None else 0
     return outcome
 
 
-def _read_prompt(session: Session, ids: Sequence[int], outcome: Outcome, stop: Stop) -> None:
-    """Feed everything but the last token.  Raises Stopped between two chunks."""
-    if not ids:
-        return
+def _read_prompt(
+    engine: Engine, ids: Sequence[int], base: Session | None, cache: PrefixCache | None, outcome: Outcome, stop: Stop
+) -> Session:
+    """The session that holds everything but the last token.  Raises Stopped between two chunks."""
     started = time.perf_counter()
+    session = engine.session() if base is None else base
     try:
         with progress_bar("reading the prompt", "tokens") as progress:
 
@@ -155,13 +167,28 @@ def _read_prompt(session: Session, ids: Sequence[int], outcome: Outcome, stop: S
                 progress(done, total)
                 stop.check()
 
-            session.extend(ids, logits="none", progress=advance)
+            outcome.cached_tokens = session.position
+            if cache is not None and not session.cuts:
+                session, reuse = cache.start(ids, session, advance)
+                outcome.cached_tokens = reuse.tokens
+                tell_miss(reuse)
+            outcome.session = session
+            if len(ids) - 1 > session.position:
+                session.extend(ids[session.position : -1], logits="none", progress=advance)
     finally:
         outcome.prefill_s = time.perf_counter() - started
+    return session
 
 
 def _draw(
-    engine: Engine, session: Session, last: Sequence[int], how: How, outcome: Outcome, stop: Stop, screen: Screen
+    engine: Engine,
+    session: Session,
+    last: Sequence[int],
+    how: How,
+    outcome: Outcome,
+    stop: Stop,
+    screen: Screen,
+    recorder: Recorder,
 ) -> None:
     from dsv4_engine.generate import Answer, Thinking, generate
 
@@ -173,6 +200,8 @@ def _draw(
         max_tokens=how.max_tokens,
         stop=how.stop,
         thinking=how.think is not Think.none,
+        drawn=recorder.drawn,
+        record=recorder.record,
     )
     stop.then = generation.stop
     try:
@@ -231,13 +260,22 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024  # kilobytes everywhere but on macOS
 
 
+def peak_gpu_memory() -> int:
+    """The most that tensors have taken on one GPU in this process, in bytes; 0 where none is in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+
+
 def closing_lines(outcome: Outcome, how: How) -> Iterator[str]:
     """For the person, after an answer: what it cost, and why it ended if not by itself."""
     kept = f" ({count(outcome.cached_tokens)} kept)" if outcome.cached_tokens else ""
+    on_gpu = f" and {file_size(gpu)} on the GPU" if (gpu := peak_gpu_memory()) else ""
     yield (
         f"{count(outcome.prompt_tokens)} tokens in{kept}, {count(outcome.prefill_rate)}/s"
         f" · {count(outcome.completion_tokens)} out, {outcome.decode_rate:,.1f}/s"
-        f" · cache {file_size(outcome.kv_bytes)} · peak memory {file_size(peak_memory())}"
+        f" · cache {file_size(outcome.kv_bytes)} · peak memory {file_size(peak_memory())}{on_gpu}"
     )
     used_up = how.max_tokens is not None and outcome.completion_tokens >= how.max_tokens
     limit = f"the limit of {count(how.max_tokens or 0)} tokens" if used_up else "the context"

@@ -71,6 +71,8 @@ def _bug(error: BaseException) -> tuple[str, str]:
 _TABLE: tuple[tuple[type[BaseException] | str, Callable[[BaseException], tuple[str, str]], int], ...] = (
     (InputProblem, _own, WRONG_INPUT),
     ("dsv4_engine.errors:InputError", _own, WRONG_INPUT),
+    ("dsv4_evals.errors:EvalError", _own, WRONG_INPUT),
+    ("dsv4_evals.errors:ModelError", _own, FAILURE),
     (FileNotFoundError, _file, WRONG_INPUT),
     (PermissionError, _file, WRONG_INPUT),
     (IsADirectoryError, _file, WRONG_INPUT),

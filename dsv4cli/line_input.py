@@ -20,12 +20,17 @@ Ask = Callable[[str], str]
 _QUOTES = '"""'
 
 
-def history_file() -> Path:
-    """The history of questions: $XDG_STATE_HOME/dsv4/history."""
+def state_folder() -> Path:
+    """What is kept between one start and the next: $XDG_STATE_HOME/dsv4."""
     base = os.environ.get("XDG_STATE_HOME", "")
     # The XDG rules say that a relative path there is to be ignored.
     root = Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state"
-    return root / "dsv4" / "history"
+    return root / "dsv4"
+
+
+def history_file() -> Path:
+    """The history of questions."""
+    return state_folder() / "history"
 
 
 def reader(commands: list[str]) -> Ask:

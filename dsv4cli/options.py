@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,26 +29,56 @@ def parse_size(text: str | int) -> int:
     return int(value)
 
 
+def parse_number(text: str | float, low: float, high: float) -> float:
+    """A finite number in [low, high]; NaN, which compares false with everything, is refused too."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise typer.BadParameter(f"{text!r} is not a number from {low:g} to {high:g}.")
+    return value
+
+
+class Many(tuple[Any, ...]):
+    """Values of a flag that takes several, separated by commas."""
+
+
+def list_of(parse: Callable[[str], Any]) -> Callable[[str | Many], Many]:
+    """A parser for different values, separated by commas."""
+
+    def values(text: str | Many) -> Many:
+        if isinstance(text, Many):
+            return text
+        found = Many(parse(part.strip()) for part in text.split(","))
+        if len(set(found)) < len(found):
+            raise typer.BadParameter(f"{text!r} names something twice.")
+        return found
+
+    return values
+
+
 def _between(low: float, high: float) -> Callable[[str | float], float]:
-    """A parser for a finite number in [low, high]; NaN, which compares false with everything, is refused too."""
-
-    def number(text: str | float) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise typer.BadParameter(f"{text!r} is not a number from {low:g} to {high:g}.")
-        return value
-
-    return number
+    """A parser for a finite number in [low, high]."""
+    return lambda text: parse_number(text, low, high)
 
 
-def _seed(text: str | int) -> int:
+def parse_seed(text: str | int) -> int:
     """What torch's generator takes: an integer of 63 bits."""
     if not re.fullmatch(r"\d{1,19}", str(text)) or int(text) >= 2**63:
         raise typer.BadParameter(f"{text!r} is not a whole number from 0 to {2**63 - 1}.")
     return int(text)
+
+
+DEFAULT_POLICY = "periodic"
+
+
+def parse_policy(text: str) -> str:
+    """A cache policy: full, zero, periodic, or periodic with an interval, such as periodic:16K."""
+    name, colon, interval = text.partition(":")
+    if name not in ("full", "periodic", "zero") or (colon and name != "periodic"):
+        raise typer.BadParameter(f"{text!r} is not full, zero, periodic, or such as periodic:16K.")
+    return f"{name}:{parse_size(interval)}" if colon else name
 
 
 class Think(StrEnum):
@@ -74,7 +104,7 @@ class KvDtype(StrEnum):
     fp32 = "fp32"
 
 
-_MODEL, _SAMPLING, _OUTPUT = "Model", "Answer", "Output"
+_MODEL, _SAMPLING, _CACHE, _OUTPUT = "Model", "Answer", "Cache", "Output"
 
 DEFAULT_MODEL = "tiny"
 MODEL_ENV = "DSV4_MODEL"
@@ -150,7 +180,7 @@ MinP = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        parser=_seed,
+        parser=parse_seed,
         metavar="NUMBER",
         rich_help_panel=_SAMPLING,
         help="The same seed repeats the same answer. By default a new one each time.",
@@ -183,6 +213,33 @@ Files = Annotated[
     ),
 ]
 Load = Annotated[Path | None, typer.Option("--load", metavar="PATH", help="Go on with a conversation kept by /save.")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        envvar="DSV4_CACHE_DIR",
+        metavar="PATH",
+        rich_help_panel=_CACHE,
+        help="Where prefixes are kept on disk. By default ~/.cache/dsv4/prefix.",
+    ),
+]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", rich_help_panel=_CACHE, help="Read and keep nothing on disk: no prefixes, no journal."),
+]
+CachePolicy = Annotated[
+    str,
+    typer.Option(
+        parser=parse_policy,
+        metavar="POLICY",
+        rich_help_panel=_CACHE,
+        help="Which states are kept with what was read: periodic (at a prompt's end; periodic:16K also every so many "
+        "tokens), full (at every chunk; much larger), zero (none; some tokens are read again).",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", rich_help_panel=_CACHE, help="Go on with the last answer that was interrupted.")
+]
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON document on standard output.")
 ]

@@ -13,6 +13,7 @@ from dsv4cli.answering import How, Screen
 from dsv4cli.conversation import Conversation, read, save
 from dsv4cli.errors import INTERRUPTED, InputProblem, explain, show
 from dsv4cli.files import Document, Reading
+from dsv4cli.keeping import Recorder, Request
 from dsv4cli.options import Think
 from dsv4cli.output import count, file_size, note
 
@@ -85,6 +86,11 @@ class Talk:
             self._attached = []
         else:
             note("note: nothing was answered, so the question is not kept", style="dim")
+
+    def take_up(self, request: Request, recorder: Recorder) -> None:
+        """Go on with a conversation that was interrupted; its last answer is shown whole."""
+        outcome = self.conversation.take_up(request, recorder, Screen(self._out))
+        answering.show_closing(outcome, self.how)
 
     def attach(self, reading: Reading) -> None:
         """Put what was read before the next question."""

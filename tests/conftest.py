@@ -10,12 +10,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+# Triton reads this when a kernel is defined, and other libraries import kernels of their own.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def _no_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's own default model must not change what the tests run."""
+def _nothing_of_the_developer(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A developer's own default model, prefix cache and journal neither change what the tests run nor are changed."""
     monkeypatch.delenv("DSV4_MODEL", raising=False)
+    monkeypatch.delenv("DSV4_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+
+import typer
 
 from dsv4cli import options
 
 
 def chat(
+    context: typer.Context,
     file: options.Files = None,
     load: options.Load = None,
     model: options.Model = options.DEFAULT_MODEL,
@@ -23,6 +27,10 @@ def chat(
     stop: options.Stop = None,
     think: options.ThinkOption = options.Think.none,
     system: options.System = None,
+    cache_dir: options.CacheDir = None,
+    no_cache: options.NoCache = False,
+    cache_policy: options.CachePolicy = options.DEFAULT_POLICY,
+    resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
     """Talk with the model; /help lists what can be typed besides questions.
@@ -41,22 +49,36 @@ def chat(
     from dsv4cli import answering, files, output
     from dsv4cli.conversation import Conversation, read
     from dsv4cli.errors import reported
+    from dsv4cli.keeping import Keeping, refuse_beside_resume, take_up
     from dsv4cli.talk import Talk
 
     with reported():
+        resumed = None
+        if resume:
+            refuse_beside_resume(context, ["cache_dir", "cache_policy", "json", "file"])
+            resumed = take_up("chat")
         kept = read(load) if load else None
         reading = files.read_paths(file or [])
-        engine, _ = answering.load(model, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx)
+        if resumed:
+            request = resumed[0]
+            (engine, _), how, ctx = request.load(), request.settings(), request.ctx
+            how = replace(how, sampling=replace(how.sampling, seed=request.chat["seed"]))
+        else:
+            engine, _ = answering.load(model, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx)
+            sampling = answering.sampling(engine, temperature, top_p, min_p, seed)
+            how = answering.How(sampling, think, max_tokens, tuple(stop or ()))
         engine.tokenizer  # noqa: B018 - a model without one is refused now, not at the first question
-        conversation = Conversation(engine)
-        sampling = answering.sampling(engine, temperature, top_p, min_p, seed)
-        how = answering.How(sampling, think, max_tokens, tuple(stop or ()))
-        talk = Talk(conversation, how, sys.stderr if json else sys.stdout)
-        if kept:
-            talk.restore(kept)
-        if system is not None:
-            conversation.system = system
-        talk.attach(reading)
-        talk.loop()
-        if json:
-            output.print_json(conversation.document(talk.how.think))
+        with Keeping.of("chat", engine, ctx, cache_dir, cache_policy, nothing=no_cache) as keeping:
+            conversation = Conversation(engine, keeping)
+            talk = Talk(conversation, how, sys.stderr if json else sys.stdout)
+            if resumed:
+                talk.take_up(*resumed)
+            if kept:
+                talk.restore(kept)
+            if system is not None:
+                conversation.system = system
+            talk.attach(reading)
+            talk.loop()
+            conversation.close()
+            if json:
+                output.print_json(conversation.document(talk.how.think))

@@ -201,8 +201,11 @@ class Generation(Iterator[Event]):
         thinking: bool,
         eos_ids: Collection[int],
         progress: Progress | None,
+        drawn: Sequence[int],
+        record: Callable[[int], None] | None,
     ) -> None:
         self._session, self._prompt_ids = session, prompt_ids
+        self._drawn, self._record = drawn, record
         self._sampler, self._max_tokens, self._stops = sampler, max_tokens, stops
         self._eos_ids, self._progress = frozenset(eos_ids), progress
         self._decoder, self._parser = codec.decoder(), StreamParser(thinking)
@@ -249,7 +252,7 @@ class Generation(Iterator[Event]):
         yield Prefilled(self._cached + self._prefilled, self._cached, self._prefill_s)
         while (reason := self._limit_reached()) is None:
             started = time.perf_counter()
-            token_id = self._sampler.next(logits_V)
+            token_id = self._next(logits_V)
             ended = token_id in self._eos_ids
             logits_V = self._session.extend([token_id], logits="none" if ended else "last")
             self._ids.append(token_id)
@@ -281,6 +284,14 @@ class Generation(Iterator[Event]):
         logits_V = self._session.extend(self._prompt_ids, logits="last", progress=advanced)
         self._prefilled, self._prefill_s = len(self._prompt_ids), time.perf_counter() - started
         return logits_V
+
+    def _next(self, logits_V: Tensor) -> int:
+        if len(self._ids) < len(self._drawn):
+            return self._drawn[len(self._ids)]
+        token_id = self._sampler.next(logits_V)
+        if self._record is not None:
+            self._record(token_id)
+        return token_id
 
     def _limit_reached(self) -> Reason | None:
         if self._stop_requested:
@@ -341,6 +352,8 @@ def generate(
     thinking: bool = False,
     eos_ids: Collection[int] | None = None,
     progress: Progress | None = None,
+    drawn: Sequence[int] = (),
+    record: Callable[[int], None] | None = None,
 ) -> Generation:
     """Feeds `prompt_ids` behind what the session holds, then draws an answer; the events come by iterating.
 
@@ -348,6 +361,10 @@ def generate(
     they are looked for in what follows the reasoning, and are not part of it.  thinking: the prompt ended with
     <think>.  eos_ids: tokens that end a message, by default the tokenizer's one.  progress(done, total) is called
     during the prefill.  Every token drawn, the last included, is in the session before its events come.
+
+    record(token_id) is called with every token when it is drawn (journal.py).  drawn: what was recorded of this very
+    generation, which was interrupted then.  These tokens are fed and told of as they were, one by one, and the drawing
+    goes on behind them: the same seed gives the same tokens as without the interruption.
 
     Raises InputError or PromptError for arguments out of range, at once; the iteration raises what the session
     raises, and LogitsError when the model's logits are not finite.
@@ -370,10 +387,12 @@ def generate(
         session=session,
         prompt_ids=prompt_ids,
         codec=tokenizer,
-        sampler=Sampler(sampling),
+        sampler=Sampler(sampling, position=len(drawn)),
         max_tokens=max_tokens,
         stops=StopStrings(stops, after=END_THINK if thinking else ""),
         thinking=thinking,
         eos_ids=(tokenizer.eos_id,) if eos_ids is None else eos_ids,
         progress=progress,
+        drawn=drawn,
+        record=record,
     )

@@ -144,4 +144,3 @@ class Model:
 
     def _chunk(self, token_ids_S: Tensor, position: int) -> Chunk:
         return Chunk.at(token_ids_S, position, self.config, self.freqs)
-

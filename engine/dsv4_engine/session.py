@@ -1,13 +1,16 @@
-"""One growing token sequence over a model: extend it, fork it.
+"""One growing token sequence over a model: extend it, fork it, go back.
 
 Owns the tokens, the chunking and the promise that an interrupted call leaves the sequence as it was after its last
-whole chunk.  Knows no text and prints nothing.
+whole chunk.  Knows no text and no file, and prints nothing.
+
+Chunks end on multiples of the engine's chunk size: the grid.  Every bit of a session's state follows from its tokens
+and its `cuts`, the places off the grid where a forward pass ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,24 +19,51 @@ from .errors import PromptError
 from .model import Model
 from .state import SequenceState
 
+if TYPE_CHECKING:
+    from .token_step import TokenStep
+
 Progress = Callable[[int, int], None]
 FEW_TOKENS = 8
+LOGIT_ROWS = 1024  # of "all" logits, held on the device at a time
 
 
 class Session:
-    """Made by `Engine.session`; ``tokens`` are the ids taken in so far."""
+    """Made by `Engine.session`; ``tokens`` are the ids taken in so far, ``cuts`` as above, rising.
+
+    on_chunk(session) is called after every chunk that leaves the session without cuts; forks do not inherit it.
+    """
 
     def __init__(
-        self, model: Model, state: SequenceState, tokens: list[int], ctx: int, chunk: int, small: bool = False
+        self,
+        model: Model,
+        state: SequenceState,
+        tokens: list[int],
+        ctx: int,
+        chunk: int,
+        step: TokenStep | None = None,
     ) -> None:
-        """small: the model is so small that a step of a few tokens is too short to share among threads."""
-        self._model, self._state, self._chunk, self._small = model, state, chunk, small
+        """step: runs single tokens of a model so small that a few tokens are too little to share among threads."""
+        self._model, self._state, self._chunk, self._step = model, state, chunk, step
         self.tokens, self.ctx = tokens, ctx
+        self.cuts: list[int] = []
+        self.on_chunk: Callable[[Session], None] | None = None
+        self._whole = state.mark()  # where the last chunk without cuts ended
 
     @property
     def position(self) -> int:
         """How many tokens the sequence holds."""
         return len(self.tokens)
+
+    @property
+    def whole(self) -> int:
+        """How many of the first tokens came in whole chunks: what they left behind is the same, bit for bit, in every
+        session that begins with them."""
+        return self._whole.position
+
+    @property
+    def state(self) -> SequenceState:
+        """What the model remembers; only to be read."""
+        return self._state
 
     @property
     def kv_bytes(self) -> int:
@@ -49,8 +79,9 @@ class Session:
     ) -> Tensor:
         """Append tokens.  Returns float32 logits: [V] after the last one, [len, V] for "all", [0] for "none".
 
-        Any split of a sequence over calls gives the same logits up to float32 rounding.  Chunks end on multiples of
-        the engine's chunk size, counted from the start of the sequence, so a split at such a multiple changes nothing.
+        They lie on the host, whatever the device.  Any split of a sequence over calls gives the same logits up to
+        float32 rounding.  Chunks end on multiples of the engine's chunk size, counted from the start of the sequence,
+        so a split at such a multiple changes nothing.
         progress(done, total) is called after every chunk.  Raises PromptError for ids outside the vocabulary, no ids,
         or more than the context holds; nothing is taken in then.
         """
@@ -61,28 +92,81 @@ class Session:
             count = min(len(ids) - done, self._chunk - self.position % self._chunk)
             part = ids[done : done + count]
             streams = self._advance(part)
-            self.tokens.extend(part.tolist())
+            self._took(part.tolist())
             done += count
             if logits == "all":
-                parts.append(self._model.logits(streams))
+                parts += [self._logits(some) for some in streams.split(LOGIT_ROWS)]
             elif logits == "last" and done == len(ids):
-                parts.append(self._model.logits(streams[-1:])[0])
+                parts.append(self._logits(streams[-1:])[0])
+            else:
+                self._model.wait()  # so that progress, times and Ctrl-C follow the work and not its queue
             if progress is not None:
                 progress(done, len(ids))
         if logits == "none":
             return torch.empty(0)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def retrace(self, tokens: Sequence[int], cuts: Sequence[int], progress: Progress | None = None) -> None:
+        """Become what a session is that holds ``tokens`` and was cut at ``cuts``, of which this one holds a beginning.
+
+        Afterwards it goes on bit for bit as that one did.
+        """
+        start = self.position
+        assert self.tokens == list(tokens[:start]) and self.cuts == [cut for cut in cuts if cut <= start]
+
+        def advanced(done: int, total: int) -> None:
+            if progress is not None:
+                progress(self.position - start, len(tokens) - start)
+
+        for end in [*(cut for cut in cuts if cut > start), len(tokens)]:
+            if end > self.position:
+                self.extend(tokens[self.position : end], logits="none", progress=advanced)
+
     def fork(self) -> Session:
         """A session with the same past that grows apart; the past's compressed rows are shared, not copied."""
-        return Session(self._model, self._state.fork(), list(self.tokens), self.ctx, self._chunk, self._small)
+        return self._with(self.tokens, self.cuts, self._state.fork(), self._whole)
+
+    def fork_to_watch(self) -> Session:
+        """A fork whose single tokens run through the model's modules too, where they can be watched from outside.
+
+        Slower, and alike up to float32 rounding.
+        """
+        fork = self.fork()
+        fork._step = None
+        return fork
+
+    def fork_whole(self) -> Session:
+        """A fork that goes back to `whole`."""
+        whole = self._whole.fork()
+        return self._with(self.tokens[: self.whole], [], whole, whole.mark())
+
+    def holding(self, tokens: Sequence[int], state: SequenceState) -> Session:
+        """A session of the same model that holds ``tokens`` in whole chunks, which left ``state`` behind."""
+        assert len(tokens) == state.position and state.position % self._chunk == 0
+        return self._with(tokens, [], state, state.mark())
+
+    def _with(self, tokens: Sequence[int], cuts: Sequence[int], state: SequenceState, whole: SequenceState) -> Session:
+        other = Session(self._model, state, list(tokens), self.ctx, self._chunk, self._step)
+        other.cuts, other._whole = list(cuts), whole
+        return other
+
+    def _took(self, part: list[int]) -> None:
+        self.tokens.extend(part)
+        if self.position % self._chunk:
+            self.cuts.append(self.position)
+        elif not self.cuts:
+            self._whole = self._state.mark()
+            if self.on_chunk is not None:
+                self.on_chunk(self)
 
     def _advance(self, part: Tensor) -> Tensor:
         self._state.save()
         threads = torch.get_num_threads()
-        if self._small and len(part) <= FEW_TOKENS:
+        if self._step is not None and len(part) <= FEW_TOKENS:
             torch.set_num_threads(1)
         try:
+            if self._step is not None and len(part) == 1:
+                return self._step.forward(int(part[0]), self._state)
             return self._model.forward(part, self._state)
         except BaseException:  # also Ctrl-C: half-advanced layers must not be continued from
             self._state.restore()
@@ -90,11 +174,16 @@ class Session:
         finally:
             torch.set_num_threads(threads)
 
+    def _logits(self, streams: Tensor) -> Tensor:
+        if self._step is not None and streams.shape[0] == 1:
+            return self._step.logits(streams)
+        return self._model.logits(streams).cpu()
+
     def _checked(self, token_ids: Sequence[int]) -> Tensor:
         vocab = self._model.config.vocab_size
         if len(token_ids) == 0:
             raise PromptError("there are no tokens to extend the sequence with", "Give at least one token.")
-        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        ids = torch.as_tensor(token_ids, dtype=torch.int64, device="cpu")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:
             bad = low if low < 0 else high

@@ -1,13 +1,15 @@
 """One sequence's state: window rows, compressed rows, unfinished blocks, and the formats rows are kept in.
 
-Owns how rows are stored and shared between forks; knows nothing of weights or of what a row means.
+Owns how rows are stored and shared between forks; knows nothing of weights, of files, or of what a row means.
 Compressed rows are append-only, so forks share them; everything else is replaced, never written in place.
 Letters: N rows, C channels, R tokens of a block, E channels of the compressor's projections.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +23,9 @@ from .formats import pack_index_keys, pack_rows, unpack_index_keys, unpack_rows
 KvDtype = Literal["mixed", "bf16", "fp32"]
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 SEGMENT_ROWS = 2048
+GPU_SEGMENT_ROWS = 32_768  # every segment costs a read some launches, which a GPU feels more than the reserve
 FIRST_ROWS = 64
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,29 @@ class RowFormat:
 class Rows:
     """An append-only list of rows in a `RowFormat`, stored in segments that forks share.
 
-    Only the unshared tail is ever written, beyond its last row, so a fork and a saved `mark` stay valid.
+    Only the unshared tail is ever written, beyond its last row: a plain copy of this object stays what it is while the
+    list goes on, and after `freeze` both may go on, apart.
     """
 
-    def __init__(self, fmt: RowFormat) -> None:
-        self.fmt = fmt
+    def __init__(self, fmt: RowFormat, device: torch.device = CPU) -> None:
+        self.fmt, self.device = fmt, device
+        self._segment_rows = SEGMENT_ROWS if device.type == "cpu" else GPU_SEGMENT_ROWS
         self._full: tuple[Tensor, ...] = ()
         self._tail: Tensor | None = None
         self._tail_rows = 0
         self._count = 0
+        self._ahead = 0  # rows behind the last one that are known already (see `known`)
+
+    @classmethod
+    def known(cls, fmt: RowFormat, stored: Tensor, count: int) -> Rows:
+        """A list over rows in storage, [N, ...], which are not copied.  It shows the first ``count``.
+
+        `append` shows the others, N - count in all, in place of what it is given: tokens that are run again only to
+        find their windows have rows that are right already.
+        """
+        rows = cls(fmt, stored.device)
+        rows._full, rows._count, rows._ahead = (stored,), count, stored.shape[0] - count
+        return rows
 
     def __len__(self) -> int:
         return self._count
@@ -89,11 +107,16 @@ class Rows:
         """Add float32 rows [N, C] at the end."""
         if not x_NC.shape[0]:
             return
+        if self._ahead:
+            assert x_NC.shape[0] <= self._ahead, "known rows end within a chunk"
+            self._ahead -= x_NC.shape[0]
+            self._count += x_NC.shape[0]
+            return
         new = self.fmt.encode(x_NC)
         while new.shape[0]:
-            if self._tail is not None and self._tail_rows == SEGMENT_ROWS:
-                self._freeze()
-            space = min(SEGMENT_ROWS, self._tail_rows + new.shape[0])
+            if self._tail is not None and self._tail_rows == self._segment_rows:
+                self.freeze()
+            space = min(self._segment_rows, self._tail_rows + new.shape[0])
             if self._tail is None or self._tail.shape[0] < space:
                 self._grow(space, new)
             assert self._tail is not None
@@ -105,35 +128,34 @@ class Rows:
 
     def read(self, start: int, end: int) -> Tensor:
         """Rows [start, end) as float32 [end - start, C]."""
-        parts = [part for _, part in self._slices(start, end)]
-        if not parts:
-            return torch.empty(0, self.fmt.channels)
-        return torch.cat([self.fmt.decode(part) for part in parts]) if len(parts) > 1 else self.fmt.decode(parts[0])
+        parts = self._slices(start, end)
+        if len(parts) == 1:
+            return self.fmt.decode(parts[0][1])
+        out = torch.empty(end - start if parts else 0, self.fmt.channels, device=self.device)
+        for first, part in parts:
+            out[first - start : first - start + part.shape[0]] = self.fmt.decode(part)
+        return out
+
+    def stored(self, start: int, end: int) -> list[Tensor]:
+        """Rows [start, end) as they are stored, in order, in tensors [n, ...] that must not be written to."""
+        return [part for _, part in self._slices(start, end)]
 
     def gather(self, index: Tensor) -> Tensor:
         """Rows at ``index`` (int64 [N], rising) as float32 [N, C]."""
-        parts = []
-        for start, part in self._slices(0, self._count):
-            low, high = torch.searchsorted(index, torch.tensor([start, start + part.shape[0]])).tolist()
-            if high > low:
-                parts.append(part.index_select(0, index[low:high] - start))
+        slices = self._slices(0, self._count)
+        if len(slices) == 1:
+            return self.fmt.decode(slices[0][1].index_select(0, index))
+        starts = torch.tensor([start for start, _ in slices], device=index.device)
+        bounds = [*torch.searchsorted(index, starts).tolist(), index.shape[0]]
+        parts = [
+            part.index_select(0, index[low:high] - start)
+            for (start, part), (low, high) in zip(slices, pairwise(bounds), strict=True)
+            if high > low
+        ]
         return self.fmt.decode(torch.cat(parts) if len(parts) > 1 else parts[0])
 
-    def fork(self) -> Rows:
-        """A list with the same rows that grows apart; nothing is copied."""
-        self._freeze()
-        other = Rows(self.fmt)
-        other._full, other._count = self._full, self._count
-        return other
-
-    def mark(self) -> tuple[tuple[Tensor, ...], Tensor | None, int, int]:
-        """What `reset` needs to drop the rows appended after this call."""
-        return self._full, self._tail, self._tail_rows, self._count
-
-    def reset(self, mark: tuple[tuple[Tensor, ...], Tensor | None, int, int]) -> None:
-        self._full, self._tail, self._tail_rows, self._count = mark
-
-    def _freeze(self) -> None:
+    def freeze(self) -> None:
+        """Give up the reserve behind the last row, so that copies made from now on share no memory that is written."""
         if self._tail is not None and self._tail_rows:
             self._full = (*self._full, self._tail[: self._tail_rows])
         self._tail, self._tail_rows = None, 0
@@ -142,7 +164,7 @@ class Rows:
         size = FIRST_ROWS
         while size < rows:
             size *= 2
-        grown = torch.empty((min(size, SEGMENT_ROWS), *like.shape[1:]), dtype=like.dtype, device=like.device)
+        grown = torch.empty((min(size, self._segment_rows), *like.shape[1:]), dtype=like.dtype, device=like.device)
         if self._tail is not None:
             grown[: self._tail_rows] = self._tail[: self._tail_rows]
         self._tail = grown
@@ -170,11 +192,11 @@ class BlockState:
     previous: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def empty(cls, ratio: int, channels: int, overlap: bool) -> BlockState:
+    def empty(cls, ratio: int, channels: int, overlap: bool, device: torch.device = CPU) -> BlockState:
         if not overlap:
-            return cls(torch.empty(0, 2 * channels))
-        nothing = (torch.zeros(ratio, channels), torch.full((ratio, channels), float("-inf")))
-        return cls(torch.empty(0, 4 * channels), nothing)
+            return cls(torch.empty(0, 2 * channels, device=device))
+        kv, gate = torch.zeros(ratio, channels, device=device), torch.full((ratio, channels), -torch.inf, device=device)
+        return cls(torch.empty(0, 4 * channels, device=device), (kv, gate))
 
 
 @dataclass
@@ -187,14 +209,17 @@ class LayerState:
     index_block: BlockState | None = None
     index_keys: Rows | None = None
 
+    def mark(self) -> LayerState:
+        """This state as it is now: it stays so while this one goes on.  Only one of the two may go on (else `fork`)."""
+        rows, blocks = (copy(self.entries), copy(self.index_keys)), (copy(self.block), copy(self.index_block))
+        return LayerState(self.window, blocks[0], rows[0], blocks[1], rows[1])
+
     def fork(self) -> LayerState:
-        return LayerState(
-            self.window,
-            replace(self.block) if self.block else None,
-            self.entries.fork() if self.entries is not None else None,
-            replace(self.index_block) if self.index_block else None,
-            self.index_keys.fork() if self.index_keys is not None else None,
-        )
+        """A state with the same past that grows apart; the past's rows are shared, not copied."""
+        for rows in (self.entries, self.index_keys):
+            if rows is not None:
+                rows.freeze()
+        return self.mark()
 
     @property
     def nbytes(self) -> int:
@@ -210,9 +235,14 @@ class SequenceState:
 
     layers: list[LayerState]
     position: int = 0
-    _saved: list[tuple] = field(default_factory=list, repr=False)
+    _saved: SequenceState | None = field(default=None, repr=False)
+
+    def mark(self) -> SequenceState:
+        """See LayerState.mark."""
+        return SequenceState([layer.mark() for layer in self.layers], self.position)
 
     def fork(self) -> SequenceState:
+        """See LayerState.fork."""
         return SequenceState([layer.fork() for layer in self.layers], self.position)
 
     @property
@@ -221,24 +251,12 @@ class SequenceState:
 
     def save(self) -> None:
         """Remember this point, so that `restore` undoes an advance that was interrupted half way."""
-        self._saved = [
-            (
-                layer.window,
-                replace(layer.block) if layer.block else None,
-                layer.entries.mark() if layer.entries is not None else None,
-                replace(layer.index_block) if layer.index_block else None,
-                layer.index_keys.mark() if layer.index_keys is not None else None,
-            )
-            for layer in self.layers
-        ]
+        self._saved = self.mark()
 
     def restore(self) -> None:
-        for layer, (window, block, entries, index_block, index_keys) in zip(self.layers, self._saved, strict=True):
-            layer.window, layer.block, layer.index_block = window, block, index_block
-            if layer.entries is not None:
-                layer.entries.reset(entries)
-            if layer.index_keys is not None:
-                layer.index_keys.reset(index_keys)
+        """Back to the last `save`."""
+        assert self._saved is not None
+        self.layers, self.position, self._saved = self._saved.layers, self._saved.position, None
 
 
 def row_formats(config: ModelConfig, kv_dtype: KvDtype) -> tuple[RowFormat, RowFormat]:
@@ -250,14 +268,14 @@ def row_formats(config: ModelConfig, kv_dtype: KvDtype) -> tuple[RowFormat, RowF
     )
 
 
-def new_layer_state(config: ModelConfig, ratio: int, kv_dtype: KvDtype) -> LayerState:
+def new_layer_state(config: ModelConfig, ratio: int, kv_dtype: KvDtype, device: torch.device = CPU) -> LayerState:
     """The state of a layer with this compress ratio before the first token."""
     attention, index = row_formats(config, kv_dtype)
-    state = LayerState(torch.empty(0, config.head_dim))
+    state = LayerState(torch.empty(0, config.head_dim, device=device))
     if ratio:
-        state.block = BlockState.empty(ratio, config.head_dim, overlap=ratio == 4)
-        state.entries = Rows(attention)
+        state.block = BlockState.empty(ratio, config.head_dim, overlap=ratio == 4, device=device)
+        state.entries = Rows(attention, device)
     if ratio == 4:
-        state.index_block = BlockState.empty(ratio, config.index_head_dim, overlap=True)
-        state.index_keys = Rows(index)
+        state.index_block = BlockState.empty(ratio, config.index_head_dim, overlap=True, device=device)
+        state.index_keys = Rows(index, device)
     return state

@@ -177,7 +177,7 @@ def test_more_than_the_context_is_refused_with_both_numbers(engine: Engine) -> N
     [
         ({"dtype": "float16"}, InputError, "float16"),
         ({"kv_dtype": "fp8"}, InputError, "fp8"),
-        ({"device": "cuda"}, DeviceError, "cuda"),
+        ({"device": "cuda:99"}, DeviceError, "cuda:99"),
         ({"device": "no such"}, DeviceError, "no such"),
         ({"ctx": 0}, InputError, "0"),
         ({"ctx": 1 << 30}, InputError, "1,073,741,824"),
@@ -223,6 +223,6 @@ def test_the_number_of_threads_is_left_as_it_was(engine: Engine, monkeypatch: py
     )
     session = engine.session()
     session.extend([1] * 64)
-    session.extend([1])
+    session.extend([1, 1])
     assert seen == [threads, 1]
     assert torch.get_num_threads() == threads

@@ -121,7 +121,7 @@ class Folder:
 
     def path(self, key: Key, kind: Kind) -> Path:
         name = key.hex()
-        return Path(f"{self.objects}/{name[:2]}/{name}.{kind}")
+        return Path(f"{self.objects}/{name[:1]}/{name}.{kind}")
 
     def place(self, session: str, key: Key, kind: Kind, parts: Sequence[memoryview]) -> None:
         """Write an object so that it is there whole and durable, or not at all.  session: of `changing`."""
@@ -147,7 +147,7 @@ class Folder:
                 continue
             for entry in _entries(group.path):
                 named = _object_named(entry.name)
-                if named is None or entry.name[:2] != group.name or entry.is_dir(follow_symlinks=False):
+                if named is None or entry.name[:1] != group.name or entry.is_dir(follow_symlinks=False):
                     yield Path(entry.path)
                     continue
                 with suppress(FileNotFoundError):  # another process removed it meanwhile
