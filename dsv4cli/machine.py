@@ -1,4 +1,4 @@
-"""What `doctor` finds out: versions, devices, memory, and whether the CPU path computes.  Collects; prints nothing."""
+"""What `doctor` finds out: versions, devices, memory, and whether they compute.  Collects; prints nothing."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ REQUIRED = (
     "typer",
     "rich",
     "prompt-toolkit",
+    "matplotlib",
+    "plotext",
 )
 # Only where there is a GPU; a CPU build of torch comes without it.
 TRITON_VERSIONS = "triton>=3.6,<3.10"
+_REPORT = "Report this, with the output of `dsv4 doctor --json`."
 
 
 @dataclass
@@ -106,36 +109,48 @@ def _devices(found: Findings) -> None:
 
 
 def _backends(found: Findings) -> None:
-    """What computes on each device; None where this version has nothing for it."""
+    """What computes on each device; None, and the reason among what is missing, where nothing does."""
     from dsv4_engine.engine import choose_backend
 
     for device in ("cpu", *(gpu["device"] for gpu in found.gpus)):
         try:
             found.backends[device] = choose_backend(device).name
-        except ValueError:
+        except ValueError as error:
             found.backends[device] = None
+            how = "Use --device cpu, or install a build of torch for this GPU."
+            found.missing.append({"what": device, "for": f"computing there: {error}", "how": how})
 
 
 def _compute(found: Findings) -> None:
-    """Load the bundled model and feed it a few tokens on the CPU: the shortest proof that everything is in place."""
+    """Load the bundled model and feed it a few tokens on each device: the shortest proof that all is in place."""
     if "torch" not in sys.modules:
         return
-    started = time.monotonic()
     try:
         _backends(found)
-        from dsv4_engine import Engine
-
-        engine = Engine.load("tiny", device="cpu")
-        logits = engine.session().extend(engine.tokenizer.encode("The sky is"))
-        finite = bool(logits.isfinite().all())
+        found.self_check = _self_check("cpu")
     except Exception as error:  # whatever it is, it is what the person needs to be told
         report = explain(error)
         _problem(found, f"the bundled model does not compute: {report.message}", report.hint)
         return
-    found.self_check = {"model": engine.name, "finite": finite, "seconds": round(time.monotonic() - started, 2)}
-    if not finite:
-        _problem(
-            found,
-            "the bundled model computes no finite numbers",
-            "Report this, with the output of `dsv4 doctor --json`.",
-        )
+    if not found.self_check["finite"]:
+        _problem(found, "the bundled model computes no finite numbers", _REPORT)
+    for gpu in (gpu for gpu in found.gpus if found.backends[gpu["device"]]):
+        device = gpu["device"]
+        try:
+            gpu["self_check"] = _self_check(device)
+        except Exception as error:  # a GPU that does not compute leaves the CPU as it was
+            report = explain(error)
+            found.missing.append({"what": device, "for": f"computing there: {report.message}", "how": report.hint})
+            continue
+        if not gpu["self_check"]["finite"]:
+            found.missing.append({"what": device, "for": "computing there: no finite numbers", "how": _REPORT})
+
+
+def _self_check(device: str) -> dict[str, Any]:
+    from dsv4_engine import Engine
+
+    started = time.monotonic()
+    engine = Engine.load("tiny", device=device)
+    logits = engine.session().extend(engine.tokenizer.encode("The sky is"))
+    finite = bool(logits.isfinite().all())
+    return {"model": engine.name, "finite": finite, "seconds": round(time.monotonic() - started, 2)}

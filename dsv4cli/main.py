@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4cli.commands import chat, doctor, inspect, run
+from dsv4cli.commands import cache, chat, doctor, eval, eval_lm, eval_mrcr, eval_report, inspect, profile, run
 
 app = typer.Typer(
     name="dsv4",
@@ -22,7 +22,13 @@ app = typer.Typer(
 )
 app.command("run", no_args_is_help=True)(run.run)
 app.command("chat")(chat.chat)
+eval_lm.register(eval.app)
+eval_mrcr.register(eval.app)
+eval_report.register(eval.app)
+app.add_typer(eval.app, name="eval")
+app.add_typer(cache.app, name="cache")
 app.command("inspect")(inspect.inspect)
+app.command("profile")(profile.profile)
 app.command("doctor")(doctor.doctor)
 
 

@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 _STYLES = {"red": "31", "cyan": "36", "dim": "2", "bold": "1"}
 # C0 and C1 controls but for tab and newline: a model repeats what files hold, and must not steer the terminal with it.
 _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
-_NUMBER = re.compile(r"[\d.,]+( [a-zA-Z]+)?|-")  # in a table: 1,024 or 1.5 KiB or nothing
+_NUMBER = re.compile(r"[\d.,]+( [a-zA-Z]+|%)?|-|")  # in a table: 1,024 or 1.5 KiB or 12% or nothing
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -109,6 +109,41 @@ def progress_bar(label: str, unit: str) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, amount=f"{show(done)} of {show(total)}{name}{rate}")
 
         yield update
+
+
+@contextmanager
+def work_bar(label: str) -> Iterator[Callable[[float, str, str], None] | None]:
+    """A bar on standard error for long work of many steps; None where there is no terminal.
+
+    The callable it yields takes the share done (0 to 1), what is being done, and a text on the time left.
+    """
+    if not is_terminal(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn())
+    texts = (TextColumn("{task.fields[doing]}"), TextColumn("[cyan]{task.fields[left]}"))
+    with Bar(*columns, *texts, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task(label, total=1.0, doing="", left="")
+
+        def update(share: float, doing: str, left: str) -> None:
+            bar.update(task, completed=share, doing=doing, left=left)
+
+        yield update
+
+
+def duration(seconds: float) -> str:
+    """A time to the precision that matters: 8 s, 4 min 20 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def count(number: float) -> str:

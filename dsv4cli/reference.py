@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any, get_args, get_type_hints
@@ -51,6 +52,10 @@ _TAIL = """\
 
 `seed` repeats the answer when it is given back with `--seed`, on the same machine and version.
 
+## JSON of `dsv4 profile`
+
+See [profile.md](profile.md), which also says what is counted and how it is weighted.
+
 ## In `dsv4 chat`
 
 | typed | what it does |
@@ -72,20 +77,54 @@ program. The history of questions is kept in `$XDG_STATE_HOME/dsv4/history`, rea
 def reference() -> str:
     """The whole page."""
     pages = [_command(str(command.name), command.callback) for command in app.registered_commands if command.callback]
-    return "\n".join([_HEAD, *pages, _TAIL])
+    groups = [_group(str(group.name), group.typer_instance) for group in app.registered_groups if group.typer_instance]
+    return "\n".join([_HEAD, *pages, *groups, _TAIL])
+
+
+def _group(name: str, group: typer.Typer) -> str:
+    """A command of commands.  Options that three of them or more share are explained once, at the end."""
+    commands = {str(command.name): command.callback for command in group.registered_commands if command.callback}
+    rows = {each: _rows(function) for each, function in commands.items()}
+    times = Counter(row for some in rows.values() for row in some)
+    shared = [row for row, number in times.items() if number >= 3]
+    lines = [f"## dsv4 {name}", "", str(group.info.help), ""]
+    for each, function in commands.items():
+        own = [row for row in rows[each] if row not in shared]
+        lines += [f"### dsv4 {name} {each}", "", *_about(function), *(_table(own) if own else [])]
+        also = [row.split("`")[1] for row in rows[each] if row in shared]
+        if also:
+            lines += ["Also takes, as explained below: " + ", ".join(f"`{option}`" for option in also) + ".", ""]
+    if shared:
+        lines += [f"### Options of several commands of dsv4 {name}", "", *_table(shared)]
+    return "\n".join(lines)
 
 
 def _command(name: str, function: Callable[..., Any]) -> str:
     """One command, read from its function's signature: Typer's own objects differ between its versions."""
+    return "\n".join([f"## dsv4 {name}", "", *_about(function), *_table(_rows(function))])
+
+
+def _about(function: Callable[..., Any]) -> list[str]:
+    """What help says of a command, and its examples."""
     about, _, examples = inspect.cleandoc(function.__doc__ or "").partition("Examples:")
     shown = re.findall(r"\[bold\](.*?)\[/bold\]", examples)
-    lines = [f"## dsv4 {name}", "", about.strip(), "", "```", *shown, "```", ""]
-    lines += ["| option | meaning | default |", "|---|---|---|"]
+    return [about.strip(), "", *(["```", *shown, "```", ""] if shown else [])]
+
+
+def _table(rows: list[str]) -> list[str]:
+    return ["| option | meaning | default |", "|---|---|---|", *rows, ""]
+
+
+def _rows(function: Callable[..., Any]) -> list[str]:
+    """One row of a table for each option and argument."""
     hints = get_type_hints(function, include_extras=True)
+    rows = []
     for parameter in inspect.signature(function).parameters.values():
+        if hints[parameter.name] is typer.Context:  # no option
+            continue
         kind, info = get_args(hints[parameter.name])[:2]
-        lines.append(_row(parameter.name, kind, info, parameter.default))
-    return "\n".join(lines) + "\n"
+        rows.append(_row(parameter.name, kind, info, parameter.default))
+    return rows
 
 
 def _row(name: str, kind: Any, info: Any, default: object) -> str:
@@ -98,7 +137,8 @@ def _row(name: str, kind: Any, info: Any, default: object) -> str:
         names = names or ["--" + name.replace("_", "-")]
         value = "|".join(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else info.metavar
         written = ", ".join(f"`{option}`" for option in names) + (f" {value}" if value else "")
-    shown = [] if default is None or default is False else [f"`{default}`"]
+    needed = default is inspect.Parameter.empty
+    shown = ["required"] if needed else [] if default is None or default is False else [f"`{default}`"]
     if info.envvar:
         shown.append(f"`${info.envvar}`")
     cells = (written, info.help, " or ".join(shown))

@@ -62,7 +62,7 @@ def files() -> list[tuple[str, Path]]:
 
 
 def test_there_is_something_to_read() -> None:
-    for package in ("dsv4cli", "dsv4_engine", "dsv4_kernels", "dsv4_training"):
+    for package in FOLDERS:
         assert sources(package), package
 
 
@@ -87,7 +87,19 @@ def test_the_checks_see_what_they_look_for() -> None:
     assert not prints(ast.parse("from .session import Session"))
 
 
-@pytest.mark.parametrize("line", ["--help", "run --help", "chat --help", "--version", "run x --file /nowhere"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "run --help",
+        "chat --help",
+        "--version",
+        "run x --file /nowhere",
+        "eval --help",
+        "eval needle --help",
+        "eval needle --depths 101",
+    ],
+)
 def test_help_and_wrong_files_do_not_load_torch(line: str) -> None:
     script = (
         "import sys, dsv4cli.main\n"
@@ -97,7 +109,7 @@ def test_help_and_wrong_files_do_not_load_torch(line: str) -> None:
         "found = heavy & set(sys.modules)\n"
         "sys.exit(f'loaded {found}' if found else 0)\n"
     )
-    paths = [str(ROOT / folder) for folder in (".", "engine", "kernels", "training")]
+    paths = [str(ROOT / folder) for folder in (".", "engine", "evals", "kernels", "training")]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}\n{script}"], capture_output=True, text=True
     )

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def doctor(json: options.Json = False) -> None:
     """Check this machine and this installation.
 
-    Loads the bundled model on the CPU and feeds it a few tokens. Exits with 0 when that works, else with 1.
+    Loads the bundled model on the CPU and on each GPU and feeds it a few tokens. Exits with 0 when that works on the
+    CPU, else with 1.
 
     Examples:
 
@@ -58,6 +59,11 @@ def _show(found: Findings) -> None:
     rows.append(["backends", ", ".join(chosen) or "none"])
     if found.self_check:
         rows.append(["self-check", f"{found.self_check['model']} computes, {found.self_check['seconds']} s"])
+    rows += [
+        ["", f"{gpu['self_check']['model']} computes on {gpu['device']}, {gpu['self_check']['seconds']} s"]
+        for gpu in found.gpus
+        if gpu.get("self_check", {}).get("finite")
+    ]
     table("", ["", ""], rows)
     if found.missing:
         table("\nMissing, and not needed on a CPU", ["what", "for", "how to get it"],

@@ -112,7 +112,7 @@ def _show_memory(memory: dict[str, Any]) -> None:
         rows.append(["a matrix unpacked", file_size(memory["unpacked"]), "at a time"])
     rows += [
         ["cache", file_size(memory["kv"]), memory["kv_dtype"]],
-        ["working set", file_size(memory["working_set"]), "whatever the context"],
+        ["working set", file_size(memory["working_set"]), f"in chunks of {count(memory['chunk'])} tokens"],
         ["needed", file_size(memory["needed"]), f"of {file_size(memory['available'])} available"],
     ]
     table(title, ["", "", ""], rows)
