@@ -98,7 +98,6 @@ def evaluate(
     The same command goes on where an earlier one stopped: the folder's name follows from everything that decides
     the answers, unless ``out`` names one.
     """
-    from dsv4_evals.record import read_run
     from dsv4_evals.run import Drawing
     from dsv4cli.reporting import show_heat_map, write_report
 
@@ -113,8 +112,8 @@ def evaluate(
         return
     identity = _identity(task, options, flags, drawing, haystack, model)
     folder = flags.out or folder_of(identity)
-    found = _run(task, cells, model, filler, drawing, identity, folder, more)
-    written = write_report(folder, found, read_run(folder)[1])
+    found, lines = _run(task, cells, model, filler, drawing, identity, folder, more)
+    written = write_report(folder, found, lines)
     if flags.json:
         print_json({**found, "out": str(folder)})
     else:
@@ -192,8 +191,8 @@ def _run(
     identity: Mapping[str, Any],
     folder: Path,
     more: Callable[[Sequence[Line]], Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Carry out what is left of a run and write its results, also when it is stopped half-way."""
+) -> tuple[dict[str, Any], Sequence[Line]]:
+    """Carry out what is left of a run and write its results, also when it is stopped half-way; returns both."""
     from dsv4_evals.record import Record
     from dsv4_evals.results import results
     from dsv4_evals.run import run
@@ -216,7 +215,7 @@ def _run(
                 found()
                 note(f"{folder} keeps what was answered; the same command goes on from there")
             raise
-        return found()
+        return found(), record.lines
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

@@ -159,6 +159,14 @@ def short_count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def context_size(tokens: int) -> str:
+    """A length as --ctx takes it, 131072 -> 128K; what is no whole K or M in full."""
+    for unit, name in ((1024**2, "M"), (1024, "K")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return count(tokens)
+
+
 def file_size(number: float) -> str:
     """Bytes in binary units: 148.7 GiB."""
     value = float(number)

@@ -238,11 +238,11 @@ def terminal_heat_map(chart: HeatMap, *, colour: bool | None = None) -> str:
 
 
 def _cell_style(value: float | None, chart: HeatMap) -> str:
-    """Dark blue for low to yellow for high, as in the image."""
+    """Dark blue for low to yellow for high, as in the image and on the page."""
+    from dsv4_evals.page import cividis
+
     if value is None:
         return "dim"
     share = min(1.0, max(0.0, (value - chart.low) / ((chart.high - chart.low) or 1.0)))
-    low, middle, high = (0, 34, 78), (124, 123, 120), (254, 232, 56)  # cividis at 0, 1/2 and 1
-    a, b, part = (low, middle, 2 * share) if share < 0.5 else (middle, high, 2 * share - 1)
-    red, green, blue = (round(x + (y - x) * part) for x, y in zip(a, b, strict=True))
+    red, green, blue = cividis(share)
     return f"{'white' if share < 0.55 else 'black'} on #{red:02x}{green:02x}{blue:02x}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4cli.output import count, file_size, is_terminal, note, short_count, table, write
+from dsv4cli.output import context_size, count, file_size, is_terminal, note, short_count, table, write
 from dsv4cli.profiling import sums_by
 
 if TYPE_CHECKING:
@@ -53,13 +53,6 @@ def _short_time(seconds: float) -> str:
         if seconds >= limit:
             return f"{seconds / size:,.1f} {unit}" if seconds / size < 100 else f"{seconds / size:,.0f} {unit}"
     return f"{seconds * 1e6:.0f} us"
-
-
-def _size(tokens: int) -> str:
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
-        if tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return count(tokens)
 
 
 def show(found: Mapping[str, Any], plots_too: bool) -> None:
@@ -179,7 +172,7 @@ def show_sweep(found: Mapping[str, Any]) -> None:
     ):
         rows = []
         for i, length in enumerate(found["lengths"]):
-            row = [_size(length)]
+            row = [context_size(length)]
             for name, model in models.items():
                 row.append(show(model[key][i]))
                 if name != "v3.2":
@@ -196,7 +189,10 @@ def sweep_panels(found: Mapping[str, Any]) -> list[Panel]:
 
     lengths = found["lengths"]
     # Round numbers where the longest context is one, and its quarters.
-    ticks = [(lengths[-1] * quarter / 4, _size(lengths[-1] * quarter // 4) if quarter else "0") for quarter in range(5)]
+    ticks = [
+        (lengths[-1] * quarter / 4, context_size(lengths[-1] * quarter // 4) if quarter else "0")
+        for quarter in range(5)
+    ]
     peak = max(max(model["flops_weighted"]) for model in found["models"].values())
     size, unit = _unit(peak, 1)
     panels = []
@@ -217,7 +213,7 @@ def save_sweep(path: Path, found: Mapping[str, Any]) -> None:
     """Write the document's sweep as an image."""
     from dsv4cli.plots import save_panels
 
-    words = f"From the configurations. Shares are of v3.2 at {_size(found['ctx'])}, in {found['weighting']}."
+    words = f"From the configurations. Shares are of v3.2 at {context_size(found['ctx'])}, in {found['weighting']}."
     save_panels(path, sweep_panels(found["sweep"]), "What a token costs as the context grows", words)
     note(f"wrote {path}", style="dim")
 
@@ -239,7 +235,7 @@ def show_rooflines(found: Sequence[Mapping[str, Any]], ctx: int) -> None:
                 count(row["prefill"]["tok_s"]),
                 row["prefill"]["bound"],
                 _short_time(row["prefill"]["seconds"]),
-                _size(row["max_ctx"] // 1024 * 1024 or row["max_ctx"]),
+                context_size(row["max_ctx"] // 1024 * 1024 or row["max_ctx"]),
             ])  # fmt: skip
     columns = ["model", "device", "needed", "decode", "bound by", "prefill", "bound by", "takes", "fits"]
     table(f"\nRoofline of one sequence of {count(ctx)} tokens: tokens a second at best", columns, rows)

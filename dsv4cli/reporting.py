@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4cli.output import count
+from dsv4cli.output import context_size
 from dsv4cli.plots import HeatMap, save_heat_map, terminal_heat_map
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def heat_map(found: Mapping[str, Any]) -> HeatMap | None:
         title=_title(found),
         x_label="tokens",
         y_label="depth",
-        columns=[size(ctx) for ctx in grid["lengths"]],
+        columns=[context_size(ctx) for ctx in grid["lengths"]],
         rows=[f"{depth:g}%" for depth in grid["depths"]],
         values=grid["values"],
     )
@@ -52,14 +52,6 @@ def show_heat_map(found: Mapping[str, Any]) -> None:
     if chart is not None:
         print()
         print(terminal_heat_map(chart))
-
-
-def size(tokens: int) -> str:
-    """131072 -> "128K"; numbers that are no whole K or M in full."""
-    for unit, name in ((1024**2, "M"), (1024, "K")):
-        if tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return count(tokens)
 
 
 def _title(found: Mapping[str, Any]) -> str:

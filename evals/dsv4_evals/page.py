@@ -99,6 +99,12 @@ def _colour(share: float | None) -> str:
     """CSS of a cell, dark blue for 0 to yellow for 1."""
     if share is None:
         return ""
+    red, green, blue = cividis(share)
+    return f"background:rgb({red},{green},{blue});color:{'#fff' if share < 0.55 else '#222'}"
+
+
+def cividis(share: float) -> tuple[int, int, int]:
+    """Red, green and blue, 0 to 255, of a share from 0 (dark blue) to 1 (yellow): matplotlib's map of this name."""
     a, b, part = (*_CIVIDIS[:2], 2 * share) if share < 0.5 else (*_CIVIDIS[1:], 2 * share - 1)
     red, green, blue = (round(x + (y - x) * part) for x, y in zip(a, b, strict=True))
-    return f"background:rgb({red},{green},{blue});color:{'#fff' if share < 0.55 else '#222'}"
+    return red, green, blue
