@@ -72,9 +72,15 @@ def _render(name: str, **values: Any) -> str:
         "seconds": _seconds,
         "ratio": lambda row, name: _ratio(row[name], row[f"{name}_v32"]),
         "colour": _colour,
+        "told": _told,
         "beginning": lambda text: text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …",
     }
     return environment.get_template(name).render(**values)
+
+
+def _told(expected: Any) -> str:
+    """What a task expects, for people: a mapping as its parts, everything else as it is."""
+    return "; ".join(f"{k}: {v}" for k, v in expected.items()) if isinstance(expected, dict) else str(expected)
 
 
 def _size(value: float | None) -> str:
