@@ -11,7 +11,9 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, obeyed at a place where everything is whole."""
+    """Ctrl-C, obeyed at a place where everything is whole.  hint: how to go on."""
+
+    hint = ""
 
 
 @dataclass

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from dsv4_engine.errors import CheckpointError
+from dsv4_engine.locate import INDEX_NAME, SINGLE_NAME
 from dsv4_engine.strict_json import parse_json
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_DIMS = 64
 
@@ -34,7 +33,7 @@ DTYPES = {
     "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-_AGAIN = "Download the file again: it is damaged or incomplete."
+_AGAIN = "The file is damaged or incomplete: run dsv4 download again, which checks every file and repairs it."
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,8 @@ def _shards_of(folder: Path) -> dict[Path, set[str] | None]:
         if SINGLE_NAME in present:
             return {folder / SINGLE_NAME: None}
         problem = f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}"
-        raise CheckpointError(problem, "Give a folder with a checkpoint in safetensors files.")
+        hint = "If its download is unfinished, run dsv4 download again; else give a folder with safetensors files."
+        raise CheckpointError(problem, hint)
 
     shards: dict[Path, set[str] | None] = {}
     for name, shard in _read_index(folder / INDEX_NAME).items():
@@ -143,7 +143,7 @@ def _shards_of(folder: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{folder} lacks {len(absent)} of {len(shards)} shards: {', '.join(absent[:3])}"
             + (", ..." if len(absent) > 3 else ""),
-            "Download the missing files into the folder.",
+            "The download is unfinished: run dsv4 download again.",
         )
     return dict(sorted(shards.items()))
 

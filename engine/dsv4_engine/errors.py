@@ -48,3 +48,7 @@ class DeviceError(InputError):
 
 class MemoryPlanError(InputError):
     """The model and its cache do not fit; the message holds the needed and the available size."""
+
+
+class DownloadError(InputError):
+    """A transfer that failed though nothing given is wrong: exit code 1, and trying again may help."""
