@@ -58,7 +58,7 @@ def _no_memory(error: BaseException) -> tuple[str, str]:
 
 
 def _interrupted(error: BaseException) -> tuple[str, str]:
-    return "stopped", ""
+    return "stopped", getattr(error, "hint", "")
 
 
 def _bug(error: BaseException) -> tuple[str, str]:
@@ -70,9 +70,11 @@ def _bug(error: BaseException) -> tuple[str, str]:
 # Read from the top; the first row that matches decides.
 _TABLE: tuple[tuple[type[BaseException] | str, Callable[[BaseException], tuple[str, str]], int], ...] = (
     (InputProblem, _own, WRONG_INPUT),
+    ("dsv4_engine.errors:DownloadError", _own, FAILURE),
     ("dsv4_engine.errors:InputError", _own, WRONG_INPUT),
     ("dsv4_evals.errors:EvalError", _own, WRONG_INPUT),
     ("dsv4_evals.errors:ModelError", _own, FAILURE),
+    ("dsv4_engine.quantize.run:DiskProblem", _own, FAILURE),
     (FileNotFoundError, _file, WRONG_INPUT),
     (PermissionError, _file, WRONG_INPUT),
     (IsADirectoryError, _file, WRONG_INPUT),

@@ -88,11 +88,12 @@ def test_no_sizes(text: str) -> None:
 def test_the_table_of_exceptions() -> None:
     import torch
 
-    from dsv4_engine.errors import CheckpointError
+    from dsv4_engine.errors import CheckpointError, DownloadError
 
     for error, code, words in [
         (errors.InputProblem("no", "Do."), 2, "no"),
         (CheckpointError("bad shard", "Again."), 2, "bad shard"),
+        (DownloadError("line broke", "Again."), 1, "line broke"),
         (FileNotFoundError(2, "No such file or directory", "x"), 2, "no such file or directory: x"),
         (OSError(28, "No space left on device"), 1, "no space left on device"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "memory ran out"),
@@ -127,7 +128,7 @@ def test_reference_page_is_current() -> None:
 
 
 def test_help_has_examples(cli: Cli) -> None:
-    for command in ("run", "chat", "inspect", "doctor"):
+    for command in ("run", "chat", "download", "inspect", "doctor"):
         done = cli(command, "--help")
         assert done.code == 0
         assert "Examples:" in done.out
