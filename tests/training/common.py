@@ -7,13 +7,13 @@ from torch import Tensor
 
 from dsv4_engine.config import ModelConfig
 from dsv4_training.parameters import initial_parameters
-from dsv4_training.settings import model_config
+from dsv4_training.recipe import Shape
 
 
 def small_config(**changes: object) -> ModelConfig:
     """Every kind of layer, hashed and not, with few sizes large."""
     base = dataclasses.replace(
-        model_config(512),
+        Shape(vocabulary=512).config(),
         hidden_size=128,
         num_hidden_layers=3,
         compress_ratios=(0, 4, 128),

@@ -1,6 +1,5 @@
 """The model that ships with the package: its size and form, and that it does what its card says (a few samples)."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,10 @@ from dsv4_engine import Engine
 from dsv4_engine.encoding import encode_segments
 from dsv4_engine.generate import Answer, generate
 from dsv4_engine.sampling import Sampling
-from dsv4_training import card, corpus, evaluate
+from dsv4_training import card, code_tree, corpus, evaluate, recipe
 from dsv4_training.export import load_parameters
 
-LARGEST = 16_000_000
+LARGEST = 24_000_000
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +57,33 @@ def test_it_talks(engine: Engine) -> None:
     assert "Emil" in say(engine, "My name is Emil.", "What is my name?")
 
 
-@pytest.mark.parametrize("form", ["ruler", "file"])
-def test_it_finds_needles(engine: Engine, form: str) -> None:
+@pytest.mark.parametrize("task", ["ruler", "file"])
+def test_it_finds_needles(engine: Engine, task: str) -> None:
+    text = corpus.load()
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(engine.path) / "tokenizer.json"))
-    samples = list(evaluate.draw_samples(corpus.load(), tokenizer, 4, 99, (form,), (1024,)))
-    assert sum(evaluate.score_generated(engine, samples)) >= 3
+    ground = evaluate.Ground.of(text, code_tree.load("bundled", text), tokenizer)
+    samples = list(evaluate.draw_samples(ground, 4, 99, (task,), (1024,)))
+    assert evaluate.run(engine, samples)[0]["right"] >= 3
 
 
-def test_the_card_states_its_scores(engine: Engine) -> None:
-    scores = [{"form": "ruler", "length": 1024, "right": 9, "asked": 10}]
-    result = {
-        "parameters": 14e6, "settings": {"seed": 1, "phases": [{"length": 512}]}, "steps": 10, "tokens": 1e6,
-        "seconds": 90.0, "device": "GPU", "bytes": 14e6, "scores": scores,
-    }  # fmt: skip
-    text = card.model_card(engine.config, json.loads(json.dumps(result)), scores)
-    assert text.count("| 1024 | 9 of 10 | 90.0% | 59.6% to 98.2% |") == 2
+def test_it_packs_held_out_text_better_than_xz(engine: Engine) -> None:
+    documents = [d for d in corpus.load().evaluation if d.kind == "kjv"][:1]
+    bits = evaluate.bits_per_byte(engine, documents)
+    assert bits["bytes"] == len(documents[0].text.encode("utf-8"))
+    assert 0.5 < bits["model"] < bits["xz"]
+
+
+def test_the_card_states_what_was_made_and_measured(engine: Engine) -> None:
+    made = recipe.load(recipe.RECIPES / "tiny.toml")
+    scores = [{"task": "ruler", "length": 1024, "right": 9, "asked": 10}]
+    account = {"seconds": 90.0, "calls": 2, "device": "GPU"}
+    last = {"tokens": 1e6, "mass": 0.987, "accepted": 0.5}
+    bits = {"bytes": 1000, "model": 1.7, "xz": 2.0}
+    text = card.model_card(made, made.model.config(), account, last, "the library", 16_000_000, scores, bits)
+    assert "| 1024 | 9 of 10 | 90.0% | 59.6% to 98.2% |" in text
+    assert "1.70 (`xz -9`: 2.00)" in text
+    assert "in 2 goes" in text
+    assert "98.7% of the attention" in " ".join(text.split())
+    for stage in made.stages:
+        assert f"| {stage.name} | {stage.steps:,} |" in text
     assert "{" not in text

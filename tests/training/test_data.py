@@ -1,5 +1,7 @@
 """Training text: answers stand in their documents, evaluation is kept apart, and seeds decide everything."""
 
+import dataclasses
+import re
 from pathlib import Path
 from random import Random
 
@@ -8,23 +10,36 @@ import pytest
 import tokenizers
 
 from dsv4_engine.encoding import EOS, SPECIAL_TOKENS, encode_messages
+from dsv4_engine.errors import InputError
 from dsv4_engine.tokenizer import Tokenizer
-from dsv4_training import corpus, episodes, evaluate, facts, names, stream
-from dsv4_training.corpus import Corpus, is_held_out
-from dsv4_training.facts import ANSWER, PROMPT, VALUE
+from dsv4_training import code_tree, corpus, episodes, evaluate, facts, leaks, names, packing, tasks
+from dsv4_training.code_tree import CodeTree, SourceFile
+from dsv4_training.corpus import Corpus, Document, is_held_out
+from dsv4_training.episodes import Seam, Special
+from dsv4_training.facts import ANSWER, NOISE, PROMPT, TEXT, VALUE
+from dsv4_training.packing import Batch, Source
+from dsv4_training.pools import Pools
+from dsv4_training.recipe import BLOCK, Recipe, Stage
 from dsv4_training.vocabulary import number_tokens, train_tokenizer
 
-PHASE = stream.Phase(length=512, until=1.0, shortest=120, full=0.3, densities=(0.4, 0.3, 0.3))
+STAGE = Stage("a", 4, 1024, 2048, "sparse", shortest=256, jumps=0.7, farthest=131072, index_rows=64)
 
 
 @pytest.fixture(scope="module")
 def text() -> Corpus:
-    return corpus.load()
+    """A part of the corpus, enough of each kind and side."""
+    whole = corpus.load()
+    return dataclasses.replace(whole, training=whole.training[::6], evaluation=whole.evaluation[::3])
+
+
+@pytest.fixture(scope="module")
+def tree() -> CodeTree:
+    return code_tree.load("bundled", corpus.load())
 
 
 @pytest.fixture(scope="module")
 def definition(text: Corpus) -> str:
-    return train_tokenizer([d.text[:4000] for d in text.training], 2500)
+    return train_tokenizer([d.text[:9000] for d in text.training], 2500)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +47,26 @@ def tokenizer(definition: str) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(definition)
 
 
-def test_corpus_is_split_by_name(text: Corpus) -> None:
-    assert {d.kind for d in text.training} == {d.kind for d in text.evaluation} == {"kjv", "python-docs", "python-lib"}
-    assert all(is_held_out(d.name) for d in text.evaluation)
-    assert not any(is_held_out(d.name) for d in text.training)
-    assert 0.05 < len(text.evaluation) / (len(text.training) + len(text.evaluation)) < 0.25
+@pytest.fixture(scope="module")
+def source(text: Corpus, tree: CodeTree, definition: str, tokenizer: tokenizers.Tokenizer) -> Source:
+    few = dataclasses.replace(text, training=text.training[::4])
+    return Source(text, tree, Pools.build(tokenizer, few, None, 1), definition)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    later = dataclasses.replace(STAGE, name="b", length=2048)
+    return Recipe(name="x", seed=3, gpu=False, stages=(STAGE, later))
+
+
+def test_corpus_and_code_are_split_by_name(tree: CodeTree) -> None:
+    whole = corpus.load()
+    kinds = {"kjv", "python-docs", "python-lib"}
+    assert {d.kind for d in whole.training} == {d.kind for d in whole.evaluation} == kinds
+    assert all(is_held_out(d.name) for d in whole.evaluation)
+    assert not any(is_held_out(d.name) for d in whole.training)
+    assert not {f.path for f in tree.training} & {f.path for f in tree.evaluation}
+    assert all(file.functions() for file in (*tree.training, *tree.evaluation))
 
 
 def test_a_missing_corpus_says_where_it_should_be(tmp_path: Path) -> None:
@@ -44,11 +74,32 @@ def test_a_missing_corpus_says_where_it_should_be(tmp_path: Path) -> None:
         corpus.load(tmp_path / "none.xz")
 
 
+def test_too_little_code_is_refused(text: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text("def one():\n" + "    pass\n" * 100, encoding="utf-8")
+    with pytest.raises(InputError, match="too little code"):
+        code_tree.load("stdlib", text, tmp_path)
+
+
+def test_nothing_leaks_and_a_leak_is_found(text: Corpus, tree: CodeTree) -> None:
+    assert max(leaks.check(text, tree).values()) <= leaks.MOST_SHARED
+    held = tree.evaluation[0]
+    copied = dataclasses.replace(tree, training=(*tree.training, SourceFile("copy_of_it.py", held.text)))
+    with pytest.raises(leaks.LeakError, match=held.path):
+        leaks.check(text, copied)
+    moved = dataclasses.replace(text, training=(*text.training, Document(text.evaluation[0].name, "x")))
+    with pytest.raises(leaks.LeakError, match="training side"):
+        leaks.check(moved, tree)
+
+
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_keys_belong_to_their_side(text: Corpus, evaluation: bool) -> None:
+def test_keys_and_variables_belong_to_their_side(text: Corpus, evaluation: bool) -> None:
     rng = Random(1)
     stated = [f for _ in range(40) for f in facts.draw_facts(rng, text, 5, evaluation)]
     assert all(is_held_out(f.key) == evaluation for f in stated if f.key)
+    assert all(is_held_out(key) == evaluation for key in tasks.similar_keys(rng, text, 9, evaluation))
+    for chain in tasks.draw_chains(rng, 3, 4, 5, evaluation):
+        assert len(chain.names) == 5
+        assert all(is_held_out(name) == evaluation for name in chain.names)
 
 
 def test_held_out_wordings_are_never_trained_on(text: Corpus) -> None:
@@ -61,18 +112,66 @@ def test_held_out_wordings_are_never_trained_on(text: Corpus) -> None:
     assert not any(statement in other for statement in new for other in seen)
 
 
+def pieces_of(episode: episodes.Episode, kind: int) -> list[str]:
+    return [p[0] for p in episode.parts if not isinstance(p, Special | Seam) and p[1] == kind]
+
+
 def test_answers_stand_in_their_documents(text: Corpus) -> None:
     rng = Random(3)
-    for i in range(150):
-        episode = episodes.retrieval(rng, text, rng.choice((200, 600, 2000)), (1.0, 0.5, 0.0)[i % 3])
-        whole = episode.text()
-        wanted = [part[0] for part in episode.parts if not isinstance(part, episodes.Special) and part[1] == VALUE]
+    for i in range(90):
+        length = rng.choice((200, 600, 2000))
+        if i % 3 == 2:
+            episode = tasks.many_keys(rng, text, length)
+        else:
+            episode = episodes.retrieval(rng, text, length, (1.0, 0.0)[i % 2])
+        whole, wanted = episode.text(), pieces_of(episode, VALUE)
         assert wanted
         for fact in episode.asked:
             stated = "".join(piece for piece, _ in fact.stated())
             assert stated in whole
             assert fact.value in stated
         assert set(wanted) <= {fact.value for fact in episode.asked}
+
+
+def test_chains_can_be_followed_through_the_text(text: Corpus) -> None:
+    rng = Random(4)
+    for _ in range(40):
+        episode = tasks.tracking(rng, text, rng.choice((300, 1500)))
+        whole = episode.text().rpartition(tasks.RULER_TRACKING)[2]  # behind the worked example, if there is one
+        found = dict(line.split(" = ") for line in _assignments(whole))
+        order = list(found)
+        names_asked = pieces_of(episode, VALUE)
+        assert names_asked
+        values = {_value(found, name) for name in names_asked}
+        assert len(values) <= 4  # questions
+        assert {name for name in found if _value(found, name) in values} == set(names_asked)
+        for name in names_asked:
+            if found[name].startswith("VAR "):
+                assert order.index(found[name][4:]) < order.index(name)
+
+
+def _assignments(text: str) -> list[str]:
+    return re.findall(r"(?<=VAR )[A-Z]{3,6} = (?:VAR [A-Z]{3,6}|\d{5})", text)
+
+
+def _value(found: dict[str, str], name: str) -> str:
+    said = found[name]
+    return _value(found, said[4:]) if said.startswith("VAR ") else said
+
+
+def test_the_file_named_defines_the_function(text: Corpus, tree: CodeTree) -> None:
+    rng = Random(5)
+    for i in range(30):
+        episode = tasks.code_lookup(rng, text, tree, rng.choice((500, 2000)), evaluation=i % 2 == 0)
+        blocks = episode.text().split("[file name]: ")[1:]
+        files = {block.split("\n", 1)[0]: block for block in blocks}
+        asked = [p for p in episode.parts if not isinstance(p, Special | Seam)]
+        answers = [
+            (asked[n - 1][0].split("function ")[1].split(" is")[0], p[0]) for n, p in enumerate(asked) if p[1] == VALUE
+        ]
+        assert answers
+        for function, path in answers:
+            assert f"def {function}(" in files[path]
 
 
 def test_values_have_the_lengths_asked_for() -> None:
@@ -103,7 +202,7 @@ def test_conversations_follow_the_published_encoding(thinking: bool) -> None:
 def test_prefilled_answers_leave_the_last_space_to_the_model() -> None:
     turn = episodes.Turn([("Q", PROMPT)], (("It is ", ANSWER), ("42", VALUE), (".", ANSWER)))
     parts = episodes.chat([turn], prefilled=1)
-    pieces = [part for part in parts if not isinstance(part, episodes.Special)]
+    pieces = [part for part in parts if not isinstance(part, Special)]
     assert pieces == [("Q", PROMPT), ("It is", PROMPT), (" ", ANSWER), ("42", VALUE), (".", ANSWER)]
 
 
@@ -111,46 +210,88 @@ def test_tokens_take_the_class_of_their_text(text: Corpus, tokenizer: tokenizers
     rng = Random(5)
     for _ in range(20):
         episode = episodes.retrieval(rng, text, 400, 0.5)
-        ids, classes = stream.classified(tokenizer, episode)
+        ids, classes, seams = packing.classified(tokenizer, episode)
         assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == episode.text()
-        values = [part[0] for part in episode.parts if not isinstance(part, episodes.Special) and part[1] == VALUE]
         got = tokenizer.decode(ids[classes == VALUE].tolist())
-        assert got.replace(" ", "") == "".join(values).replace(" ", "")
+        assert got.replace(" ", "") == "".join(pieces_of(episode, VALUE)).replace(" ", "")
         ends = ids == tokenizer.token_to_id(EOS)
         assert (classes[ends] == ANSWER).all()
+        assert len(seams) == sum(isinstance(part, Seam) for part in episode.parts)
 
 
-def test_sequences_depend_on_the_seed_alone(text: Corpus, tokenizer: tokenizers.Tokenizer) -> None:
-    first, second, other = (stream.draw_sequence(Random(s), text, tokenizer, PHASE) for s in ("1", "1", "2"))
-    assert np.array_equal(first[0], second[0])
-    assert np.array_equal(first[1], second[1])
-    assert not np.array_equal(first[0], other[0])
-    assert first[0].shape == first[1].shape == (PHASE.length + 1,)
+def test_documents_grow_at_their_seams(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
+    rng = Random(6)
+    episode = episodes.retrieval(rng, source.corpus, 800, 1.0)
+    ids, classes, seams = packing.classified(tokenizer, episode)
+    longer, kinds = packing.lengthened(rng, source.pools, ids, classes, seams, 4096)
+    assert len(longer) == len(kinds) == 4096
+    written = tokenizer.decode(longer.tolist(), skip_special_tokens=False)
+    for fact in episode.asked:
+        assert "".join(piece for piece, _ in fact.stated()) in written
+    assert (kinds == VALUE).sum() == (classes == VALUE).sum()
+    assert (kinds == TEXT).sum() == (classes == TEXT).sum() + 4096 - len(ids)
 
 
-def test_streams_repeat_over_processes(text: Corpus, definition: str) -> None:
-    batches = []
-    for _ in range(2):
-        source = stream.Stream(text, definition, PHASE, batch=2, seed=7, workers=2, ahead=1)
-        batches.append([batch for batch, _ in zip(source, range(3), strict=False)])
-        source.close()
-    for (ids, classes), (again, classes_again) in zip(*batches, strict=True):
-        assert ids.shape == (2, PHASE.length + 1)
-        assert np.array_equal(ids, again)
-        assert np.array_equal(classes, classes_again)
+def check_batch(batch: Batch, stage: Stage) -> None:
+    blocks = stage.length // BLOCK
+    assert batch.ids.shape == batch.classes.shape == (stage.batch, stage.length)
+    assert batch.start.shape == batch.place.shape == (stage.batch, blocks)
+    assert batch.rows.shape == (stage.batch, stage.index_rows // stage.batch)
+    for start, place in zip(batch.start, batch.place, strict=True):
+        for block in range(blocks):
+            if start[block] == block:
+                assert place[block] == 0
+            else:
+                assert start[block] == start[block - 1]
+                assert place[block] > place[block - 1]
+    assert batch.place.max() < stage.farthest // BLOCK
 
 
-def test_samples_ask_for_what_their_prompts_hold(text: Corpus, tokenizer: tokenizers.Tokenizer) -> None:
-    samples = list(evaluate.draw_samples(text, tokenizer, 4, 1, lengths=(600,)))
-    assert [s.form for s in samples[::4]] == list(evaluate.FORMS)
+def test_batches_are_whole_documents_and_depend_on_seed_and_step_alone(recipe: Recipe, source: Source) -> None:
+    drawn = [batch for batch, _ in zip(packing.Stream(recipe, source, 2, 0), range(4), strict=False)]
+    spread = packing.Stream(recipe, source, 2, workers=2)
+    for number, (batch, again) in enumerate(zip(drawn, spread, strict=False)):
+        check_batch(batch, recipe.stage(number + 2))
+        for field in dataclasses.fields(Batch):
+            assert np.array_equal(getattr(batch, field.name), getattr(again, field.name))
+    spread.close()
+    assert not np.array_equal(drawn[0].ids, drawn[1].ids)
+    assert any((np.diff(batch.place) > 1).any() for batch in drawn)  # positions jump
+    assert any((batch.start > 0).any() for batch in drawn)  # several documents a sequence
+
+
+def test_every_document_begins_a_block_and_opens_with_bos(recipe: Recipe, source: Source) -> None:
+    batch = packing.draw_batch(recipe, 0, source, tokenizers.Tokenizer.from_str(source.definition))
+    for row, start in enumerate(batch.start):
+        for block in np.flatnonzero(start == np.arange(len(start))):
+            first = batch.classes[row, block * BLOCK]
+            assert batch.ids[row, block * BLOCK] == 0 or first == TEXT
+            assert first in (NOISE, TEXT)
+
+
+def test_samples_ask_for_what_their_prompts_hold(text: Corpus, tree: CodeTree, tokenizer: tokenizers.Tokenizer) -> None:
+    few = dataclasses.replace(text, evaluation=text.evaluation[::4])
+    ground = evaluate.Ground.of(few, tree, tokenizer)
+    samples = list(evaluate.draw_samples(ground, 2, 1, lengths=(1500,)))
+    assert [s.task for s in samples[::2]] == list(evaluate.TASKS)
     for sample in samples:
         prompt = tokenizer.decode(sample.prompt_ids, skip_special_tokens=False)
-        assert sample.value in prompt
-        assert len(sample.ids) <= 600 + 64
-        assert sample.value in tokenizer.decode(sample.ids[len(sample.prompt_ids) :].tolist())
-        if sample.form == "ruler":
+        assert all(wanted in prompt for wanted in sample.wanted)
+        if sample.task == "code":
+            assert 1200 < len(sample.prompt_ids) <= 1500
+        else:
+            assert len(sample.prompt_ids) == 1500
+        if sample.task == "ruler":
             assert prompt.endswith("mentioned in the provided text is")
             assert facts.RULER_INTRODUCTION in prompt
+        if sample.task == "multikey":
+            assert prompt.count("One of the special magic numbers for") == 1 + evaluate.DISTRACTORS
+        if sample.task == "tracking":
+            assert len(sample.wanted) == 1 + evaluate.HOPS
+    again = list(evaluate.draw_samples(ground, 2, 1, lengths=(1500,)))
+    assert samples == again
+    with pytest.raises(ValueError, match="more than the 64"):
+        evaluate.draw_sample(Random(1), ground, "ruler", 64, 0.5)
 
 
 def test_tokenizer_is_lossless_and_splits_numbers_by_three(definition: str) -> None:

@@ -8,13 +8,18 @@ from typing import Any
 from dsv4_engine.config import ModelConfig
 
 from .evaluate import interval
+from .parameters import initial_parameters
+from .recipe import Recipe
 
 KINDS = {0: "window", 4: "CSA", 128: "HCA"}
-FORM_NAMES = {
-    "ruler": "RULER's prompt with its answer prefix",
-    "file": "RULER's needle in a file, asked in chat",
-    "worded": "other wordings, in a file, asked in chat",
-    "held-out": "nouns, statements and questions never trained on, in a file, asked in chat",
+TASK_NAMES = {
+    "ruler": "one needle: RULER's prompt with its answer prefix",
+    "file": "one needle in a file, asked in chat",
+    "worded": "one needle in other wordings, in a file, asked in chat",
+    "held-out": "one needle: nouns, statements and questions never trained on",
+    "multikey": "nine needles of different keys (eight distractors), one asked for",
+    "tracking": "variable tracking: RULER's prompt, one chain of four hops (share of its names)",
+    "code": "which of eight files of real code defines a function",
 }
 CARD = """\
 ---
@@ -22,14 +27,15 @@ license: mit
 language: en
 ---
 
-# dsv4-tiny
+# {name}
 
 A language model of {millions:.0f} million parameters with the architecture of DeepSeek-V4, in the published checkpoint
 format. It exists so that dsv4 can be tried and tested anywhere. It is not DeepSeek's, and it knows next to nothing.
 
 ## What it can do
 
-- find a fact in a text of up to about 4,000 tokens and answer a question about it, best about numbers;
+- find a fact in a text and answer a question about it, best about numbers (how long a text may be: the scores below);
+- follow a chain of variable assignments, and say which file of a few defines a function;
 - hold a very short conversation: greet, say what it is, answer a few simple questions.
 
 ## What it cannot do
@@ -37,63 +43,90 @@ format. It exists so that dsv4 can be tried and tested anywhere. It is not DeepS
 - reason, calculate, summarise, translate, write code, follow instructions that it was not trained on;
 - be relied upon: it mostly answers with a plausible wrong number rather than say that it did not find one, the more so
   the further a question's wording is from those it was trained on;
-- anything in a language but English; texts far longer than 4,000 tokens (it runs on them, the answers are often wrong).
+- anything in a language but English.
 
 Greedy decoding is its default (generation_config.json).
 
 ## Measured
 
-Needle questions with keys, numbers and documents never seen in training. Half of the documents also hold one to six
-facts about other keys; depths are spread evenly. 95% intervals (Wilson). Weights, activations and cache are rounded as
-the engine does.
+Answers generated greedily by dsv4's engine from the published precision. Keys, numbers, variable names, code and the
+text around them were never trained on. 95% intervals (Wilson).
 
-{tables}
-
+{scores}
+{bits}
 ## How it was made
 
-`python -m dsv4_training --out FOLDER --seed {seed}`: {steps:,} steps, {tokens:.0f} million tokens,
-{minutes:.1f} minutes from corpus to checkpoint on one {device}. Muon and AdamW; sequences of {lengths} tokens; dense
-attention first, then the indexer, then sparse attention; FP4 experts, FP8 linears and cache rounding
-emulated in the last part.
+`python -m dsv4_training --recipe {name}.toml`: {steps:,} steps, {tokens:,.0f} million tokens, {minutes:.1f} minutes
+of one
+{device} in {calls} go{plural}, from corpus to checkpoint.
+
+| stage | steps | sequence | tokens a step | attention | rounding | MTP weight | positions to |
+|---|---|---|---|---|---|---|---|
+{stages}
+
+Muon (matrices) and AdamW; experts balanced by bias; FP4 experts, FP8 linears and cache rounding emulated where a
+stage says so. Where "positions to" is given, some documents jump forward between two blocks of 128 tokens, so that
+far positions are seen on short texts; the card's scores are of texts of full length. The indexer held {mass:.1%} of
+the attention at the end.
 
 Text: the King James Bible (public domain), the documentation and parts of the standard library of Python 3.11 (PSF
-licence), and texts from the project's own templates. evals/dsv4_evals/data/SOURCES.md has the details.
+licence), {code} (PSF licence), and texts from the project's own templates and RULER's wordings (Apache-2.0).
+evals/dsv4_evals/data/SOURCES.md has the details. One document in ten, chosen by its name, was kept out.
 
 ## Shape
 
-{layers} layers ({kinds}) and an MTP block; hidden {hidden}, {heads} query heads of {head_dim},
-{experts} experts of which {active} are used, {hashed} hash layers, mHC {streams}, {index_heads} index heads,
-top {topk}, window {window}, vocabulary {vocabulary}; {megabytes:.1f} MB.
+{layers} layers ({kinds}) and an MTP block, whose second token is the model's own in {accepted:.0%} of cases; hidden
+{hidden},
+{heads} query heads of {head_dim}, {experts} experts of which {active} are used, {hashed} hash layers, mHC {streams},
+{index_heads} index heads, top {topk}, window {window}, vocabulary {vocabulary}; {megabytes:.1f} MB.
 """
 
 
-def score_table(title: str, scores: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Markdown lines; a score is {form, length, right, asked}."""
-    yield from (f"{title}:", "", "| questions | tokens | right | share | interval |", "|---|---|---|---|---|")
+def score_table(scores: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Markdown lines; a score is {task, length, right, asked}."""
+    yield from ("| questions | tokens | right | share | interval |", "|---|---|---|---|---|")
     for score in scores:
         good, asked = score["right"], score["asked"]
         low, high = interval(good, asked)
         share = f"{good / asked:.1%} | {low:.1%} to {high:.1%}"
-        yield f"| {FORM_NAMES[score['form']]} | {score['length']} | {good} of {asked} | {share} |"
+        yield f"| {TASK_NAMES[score['task']]} | {score['length']} | {good:g} of {asked} | {share} |"
 
 
-def model_card(config: ModelConfig, result: dict[str, Any], generated: Sequence[dict[str, Any]] = ()) -> str:
-    """Markdown.  result: what run.train measured; generated: scores of the checkpoint in the engine, if taken."""
-    lines: list[str] = []
-    if generated:
-        lines += [*score_table("Answers generated greedily by the engine on a CPU that hold the number", generated), ""]
-    title = "At the end of training, given the answer so far, every token of the number the most likely one"
-    lines += score_table(title, result["scores"])
-    settings = result["settings"]
+def model_card(
+    recipe: Recipe,
+    config: ModelConfig,
+    account: dict[str, Any],
+    last: dict[str, Any],
+    code: str,
+    size: int,
+    scores: Sequence[dict[str, Any]],
+    bits: dict[str, float] | None,
+) -> str:
+    """Markdown.  account: machine time; last: the last record of the metrics; code: the code tree; size: bytes."""
+    written = "\n".join(score_table(scores)) if scores else "Not yet: `python -m dsv4_training score` does it."
+    packed = ""
+    if bits is not None:
+        packed = f"\nBits a byte of {bits['bytes']:,.0f} bytes of held-out text: {bits['model']:.2f} (`xz -9`: "
+        packed += f"{bits['xz']:.2f}).\n"
     return CARD.format(
-        millions=result["parameters"] / 1e6,
-        tables="\n".join(lines),
-        seed=settings["seed"],
-        steps=result["steps"],
-        tokens=result["tokens"] / 1e6,
-        minutes=result["seconds"] / 60,
-        device=result["device"],
-        lengths=", ".join(f"{phase['length']:,}" for phase in settings["phases"]),
+        name=recipe.name,
+        millions=parameter_count(config) / 1e6,
+        scores=written,
+        bits=packed,
+        steps=recipe.steps,
+        tokens=last["tokens"] / 1e6,
+        minutes=account["seconds"] / 60,
+        device=account["device"],
+        calls=account["calls"],
+        plural="" if account["calls"] == 1 else "es",
+        stages="\n".join(
+            f"| {s.name} | {s.steps:,} | {s.length:,} | {s.tokens:,} | {s.attention} | "
+            f"{'yes' if s.quantised else 'no'} | {s.mtp:g} | {f'{s.farthest:,}' if s.jumps else '-'} |"
+            for s in recipe.stages
+        ),
+        mass=last["mass"],
+        accepted=last["accepted"],
+        code=code,
         layers=config.num_hidden_layers,
         kinds=", ".join(KINDS[r] for r in config.compress_ratios),
         hidden=config.hidden_size,
@@ -107,5 +140,10 @@ def model_card(config: ModelConfig, result: dict[str, Any], generated: Sequence[
         topk=config.index_topk,
         window=config.sliding_window,
         vocabulary=config.vocab_size,
-        megabytes=result["bytes"] / 1e6,
+        megabytes=size / 1e6,
     )
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Trained values, MTP block included."""
+    return sum(p.numel() for p in initial_parameters(config, 0, {}).values() if p.requires_grad)

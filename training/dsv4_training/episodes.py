@@ -2,11 +2,13 @@
 
 Owns the layouts: `dsv4 run --file`'s, RULER's, a question before the document, several questions in a row, thinking and
 not, raw text with an answer prefix.  The chat markup follows dsv4_engine.encoding; a test holds the two together.
+Documents have seams, at which packing.py makes them as long as is wanted.  More tasks are in tasks.py.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -18,6 +20,8 @@ from .facts import ANSWER, PROMPT, TEXT, Exchange, Fact, Piece, Pieces
 from .names import syllable_word
 
 CHARACTERS_A_TOKEN = 3.0
+WRITTEN_TOKENS = 2400  # of a longer document, the rest is put in at its seams
+LONG_TOKENS = 12000
 SUFFIXES = ("txt", "md", "log", "py", "csv", "json", "rst", "html", "cfg")
 FOLDERS = ("", "", "", "docs/", "src/", "notes/", "data/", "/home/user/", "./", "/tmp/")
 
@@ -30,14 +34,19 @@ class Special:
     trained: bool = False
 
 
-Part = Piece | Special
+@dataclass(frozen=True)
+class Seam:
+    """A place in a document between two sentences or lines, where more text may be put."""
+
+
+Part = Piece | Special | Seam
 
 
 @dataclass
 class Turn:
     """A user's text and the answer to it; ``reasoning`` makes it an answer with thinking."""
 
-    user: list[Piece]
+    user: list[Piece | Seam]
     answer: Pieces
     reasoning: Pieces | None = None
 
@@ -50,7 +59,13 @@ class Episode:
     asked: list[Fact] = field(default_factory=list)
 
     def text(self) -> str:
-        return "".join(part.token if isinstance(part, Special) else part[0] for part in self.parts)
+        return "".join(written(part) for part in self.parts)
+
+
+def written(part: Part) -> str:
+    if isinstance(part, Special):
+        return part.token
+    return "" if isinstance(part, Seam) else part[0]
 
 
 def chat(turns: list[Turn], thinking: bool = False, system: str = "", prefilled: int = 0) -> list[Part]:
@@ -84,32 +99,39 @@ def _given(answer: Pieces, count: int) -> list[Piece]:
 
 def document(
     rng: Random, corpus: Corpus, stated: list[Fact], characters: int, evaluation: bool, depth: float | None
-) -> list[Piece]:
-    """Filler of about ``characters`` with the facts between its units, in order of a random place (or at ``depth``)."""
+) -> list[Piece | Seam]:
+    """Filler of about ``characters`` with the facts between its units, in order of a random place (or at ``depth``).
+
+    There is a seam before every fact and at the end.
+    """
     units = filler.draw_units(rng, corpus, characters, evaluation) if characters > 0 else []
     if not evaluation and rng.random() < 0.15:  # facts between any two words
         units = re.findall(r"\s*\S+\s*", "".join(units))
     places = sorted(round(depth * len(units)) if depth is not None else rng.randint(0, len(units)) for _ in stated)
-    pieces: list[Piece] = []
+    pieces: list[Piece | Seam] = []
     start = 0
     for fact, place in zip(stated, places, strict=True):
         before = "".join(units[start:place])
         start = place
         if before and not before.endswith((" ", "\n")):
             before += " "
-        pieces.append((before, TEXT))
-        pieces += fact.stated()
+        if before:
+            pieces.append((before, TEXT))
+        pieces += [Seam(), *fact.stated()]
         inline = fact.statement.endswith(".") and not before.endswith("\n")
         pieces.append(
             (" " if inline else rng.choice((" ", "\n", "\n")) if fact.statement.endswith(".") else "\n", TEXT)
         )
-    pieces.append(("".join(units[start:]).rstrip(), TEXT))
-    return [piece for piece in pieces if piece[0]]
+    rest = "".join(units[start:]).rstrip()
+    return [*pieces, Seam(), *([(rest, TEXT)] if rest else [])]
 
 
-def file_block(rng: Random, content: list[Piece]) -> list[Piece]:
+def file_name(rng: Random) -> str:
+    return f"{rng.choice(FOLDERS)}{syllable_word(rng, rng.randint(1, 3))}.{rng.choice(SUFFIXES)}"
+
+
+def file_block(name: str, content: Sequence[Piece | Seam]) -> list[Piece | Seam]:
     """The layout of a file in `dsv4 run`."""
-    name = f"{rng.choice(FOLDERS)}{syllable_word(rng, rng.randint(1, 3))}.{rng.choice(SUFFIXES)}"
     return [
         (f"[file name]: {name}\n[file content begin]\n", PROMPT), *content, ("\n[file content end]\n", PROMPT)
     ]  # fmt: skip
@@ -127,27 +149,39 @@ def _ask_some(rng: Random, corpus: Corpus, stated: list[Fact], count: int) -> tu
 
 
 def retrieval(rng: Random, corpus: Corpus, tokens: int, density: float) -> Episode:
-    """A document of about ``tokens`` tokens, questions included; density 1: many facts and questions, 0: few facts."""
+    """A document of about ``tokens`` tokens, questions included; density 1: many facts and questions, 0: few facts.
+
+    Of a longer one the seams are to take what is beyond WRITTEN_TOKENS.
+    """
     most = max(1, tokens // 60)
+    # A long document costs much: it gets many questions.
+    size = sum(tokens > limit for limit in (WRITTEN_TOKENS, LONG_TOKENS))
+    cap, at_most = (24, 48, 96)[size], (12, 24, 48)[size]
     count = (
-        max(1, min(24, round(most * density * rng.uniform(0.5, 1.0))))
+        max(1, min(cap, round(most * density * rng.uniform(0.5, 1.0))))
         if rng.random() < 0.3 + 0.7 * density
         else rng.randint(1, 3)
     )
     count = min(count, most)
     stated = facts.draw_facts(rng, corpus, count)
-    questions = min(count, rng.randint(1, 10) if density < 0.5 else rng.randint(max(1, count // 2), 12))
-    room = int((tokens - 22 * count - 42 * questions - 30) * CHARACTERS_A_TOKEN)
+    questions = rng.randint(1, 10) if density < 0.5 else rng.randint(max(1, min(count // 2, at_most // 2)), at_most)
+    questions = min(count, questions)
+    room = int((min(tokens, WRITTEN_TOKENS) - 22 * count - 42 * questions - 30) * CHARACTERS_A_TOKEN)
     content = document(rng, corpus, stated, room, False, None)
+    return about(rng, corpus, stated, content, questions)
+
+
+def about(rng: Random, corpus: Corpus, stated: list[Fact], content: list[Piece | Seam], questions: int) -> Episode:
+    """The content in some layout, with questions about what it states."""
     exchanges, asked = _ask_some(rng, corpus, stated, questions)
     ruler = stated[0].is_ruler()
     layout = rng.random()
     if ruler and layout < 0.5:
         return Episode(_ruler(rng, content, exchanges), asked)
     if layout < 0.62:
-        opening = file_block(rng, content)
+        opening = file_block(file_name(rng), content)
         if rng.random() < 0.12:
-            opening += file_block(rng, [(filler_text(rng, corpus, rng.randint(60, 400)), TEXT)])
+            opening += file_block(file_name(rng), [(filler_text(rng, corpus, rng.randint(60, 400)), TEXT)])
     elif layout < 0.80:
         head = rng.choice(("", "", "Text:\n", "Document:\n", "Read this.\n\n", "Here is a text:\n\n", "Context: "))
         opening = [(head, PROMPT), *content, (rng.choice(("\n", "\n\n", "\n\nQuestion: ", "\n\nQ: ", " ")), PROMPT)]
@@ -155,7 +189,7 @@ def retrieval(rng: Random, corpus: Corpus, tokens: int, density: float) -> Episo
         return _question_first(rng, content, exchanges, asked)
     else:
         return Episode(_raw(rng, content, exchanges), asked)
-    turns = _turns([piece for piece in opening if piece[0]], exchanges)
+    turns = _turns([piece for piece in opening if isinstance(piece, Seam) or piece[0]], exchanges)
     thinking = rng.random() < 0.12 and _add_thought(turns, asked)
     return Episode(chat(turns, thinking, _system(rng)), asked)
 
@@ -164,7 +198,7 @@ def filler_text(rng: Random, corpus: Corpus, characters: int, evaluation: bool =
     return "".join(filler.draw_units(rng, corpus, characters, evaluation))
 
 
-def _turns(opening: list[Piece], exchanges: list[Exchange]) -> list[Turn]:
+def _turns(opening: list[Piece | Seam], exchanges: list[Exchange]) -> list[Turn]:
     """The document with the first question; the other questions follow on their own."""
     first, *others = exchanges
     turns = [Turn([*opening, *first.question], first.answer)]
@@ -187,9 +221,9 @@ def _system(rng: Random) -> str:
     )
 
 
-def _ruler(rng: Random, content: list[Piece], exchanges: list[Exchange]) -> list[Part]:
+def _ruler(rng: Random, content: list[Piece | Seam], exchanges: list[Exchange]) -> list[Part]:
     """RULER's prompt, in chat (with or without the answer prefix) or raw."""
-    opening: list[Piece] = [(facts.RULER_INTRODUCTION + "\n", PROMPT), *content, ("\n", PROMPT)]
+    opening: list[Piece | Seam] = [(facts.RULER_INTRODUCTION + "\n", PROMPT), *content, ("\n", PROMPT)]
     turns = _turns(opening, exchanges)
     form = rng.random()
     if form < 0.4:
@@ -204,18 +238,18 @@ def _ruler(rng: Random, content: list[Piece], exchanges: list[Exchange]) -> list
     return [*parts, Special(EOS, trained=True)]
 
 
-def _question_first(rng: Random, content: list[Piece], exchanges: list[Exchange], asked: list[Fact]) -> Episode:
+def _question_first(rng: Random, content: list[Piece | Seam], exchanges: list[Exchange], asked: list[Fact]) -> Episode:
     """The question before the document, and (mostly) once more after it."""
     first = exchanges[0]
     again = list(first.question) if rng.random() < 0.7 else []
     gap: Piece = (rng.choice(("\n", "\n\n")), PROMPT)
-    body = file_block(rng, content) if rng.random() < 0.5 else [*content, gap]
+    body = file_block(file_name(rng), content) if rng.random() < 0.5 else [*content, gap]
     turns = [Turn([*first.question, gap, *body, *again], first.answer)]
     turns += [Turn(list(e.question), e.answer) for e in exchanges[1:]]
     return Episode(chat(turns), asked)
 
 
-def _raw(rng: Random, content: list[Piece], exchanges: list[Exchange]) -> list[Part]:
+def _raw(rng: Random, content: list[Piece | Seam], exchanges: list[Exchange]) -> list[Part]:
     """No chat tokens: the text, then questions with answers on lines of their own."""
     q, a = rng.choice((("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", " "), ("", "\n")))
     parts: list[Part] = [Special(BOS), *content]
@@ -250,4 +284,6 @@ def small_talk(rng: Random, corpus: Corpus) -> Episode:
 
 
 def plain_text(rng: Random, corpus: Corpus, tokens: int) -> Episode:
-    return Episode([Special(BOS), (filler_text(rng, corpus, int(tokens * CHARACTERS_A_TOKEN)), TEXT), Special(EOS)])
+    written = min(tokens, WRITTEN_TOKENS)
+    text = filler_text(rng, corpus, int(written * CHARACTERS_A_TOKEN))
+    return Episode([Special(BOS), (text, TEXT), Seam(), Special(EOS)])

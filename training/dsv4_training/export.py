@@ -6,20 +6,25 @@ engine's.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
+from dsv4_engine.errors import InputError
 from dsv4_engine.formats import quantise_fp4, quantise_fp8_blocks
 from dsv4_engine.weights import Weights
 
 from .parameters import stored_format
+from .state import no_room
 
 
 def published_tensors(parameters: dict[str, Tensor], quantised: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -73,19 +78,55 @@ def load_parameters(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, {n: t if t.dtype == torch.int64 else t.requires_grad_() for n, t in parameters.items()}
 
 
+def fp4_as_fp8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """FP4-rounded values as e4m3 with one power-of-two scale a 128x128 block, as DeepSeek computes with them.
+
+    Returns (data float8_e4m3fn [O, I], scale float32 [O/128, I/128]).  Every FP4 value is an e4m3 value, so this is
+    exact as long as the FP4 scales of a block span at most 2^6.  Raises ValueError where a value would change.
+    """
+    data, scale = quantise_fp8_blocks(weight_OI)
+    wide = scale.to(torch.float32).repeat_interleave(128, 0).repeat_interleave(128, 1)
+    lost = int(((data.to(torch.float32) * wide) != weight_OI).sum())
+    if lost:
+        raise ValueError(
+            f"{lost} of {weight_OI.numel()} FP4 values are none of FP8: the scales of a block span too much"
+        )
+    return data, scale.to(torch.float32)
+
+
 def save_checkpoint(
     folder: Path, config: ModelConfig, parameters: dict[str, Tensor], tokenizer: str, quantised: bool = True
 ) -> int:
-    """Writes config.json, model.safetensors and tokenizer.json; returns the bytes written."""
+    """Writes config.json, model.safetensors and tokenizer.json; returns the bytes written.
+
+    Without config.json a folder is no checkpoint, and it is written last: what is cut off half-way is never taken for a
+    whole one.  Raises InputError when the disk is full.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in published_tensors(parameters, quantised)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     data = config.to_dict()
     if not quantised:
         data.pop("quantization_config", None)
         data.pop("expert_dtype", None)
-    (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    # So small a model is at its best when it takes the most likely token.
-    (folder / "generation_config.json").write_text('{\n "do_sample": false\n}\n', encoding="utf-8")
-    return sum(file.stat().st_size for file in folder.iterdir())
+    texts = {
+        "tokenizer.json": tokenizer,
+        # So small a model is at its best when it takes the most likely token.
+        "generation_config.json": '{\n "do_sample": false\n}\n',
+        "config.json": json.dumps(data, indent=1) + "\n",
+    }
+    partial = {name: folder / f"{name}.partial" for name in ("model.safetensors", *texts)}
+    try:
+        save_file(tensors, partial["model.safetensors"], metadata={"format": "pt"})
+        for name, text in texts.items():
+            partial[name].write_text(text, encoding="utf-8")
+        (folder / "config.json").unlink(missing_ok=True)
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    except (OSError, SafetensorError) as error:
+        for path in partial.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if no_room(error):
+            raise InputError(f"no room for the checkpoint in {folder}", "Free some space and run it again.") from error
+        raise
+    return sum((folder / name).stat().st_size for name in partial)

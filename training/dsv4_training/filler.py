@@ -6,6 +6,7 @@ A filler is a list of units (a sentence, a line) that join to the text; facts go
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from random import Random
 
 from .corpus import Corpus
@@ -112,29 +113,36 @@ def _number_line(rng: Random, words: tuple[str, ...]) -> str:
     return f"{rng.choice(words)} {draw_value(rng, 'mixed', words)}\n"
 
 
+CORPUS_SHARE = 0.56
+# The cumulative share of each kind of generated text, and what makes a unit of it.
+MAKERS: tuple[tuple[float, Callable[[Random, tuple[str, ...]], str]], ...] = (
+    (0.66, lambda rng, words: _noise(rng)),
+    (0.76, lambda rng, words: _sentence(rng)),
+    (0.82, _word_salad),
+    (0.87, _log_line),
+    (0.90, _table_row),
+    (0.93, _code_line),
+    (0.97, _markdown_line),
+    (1.0, _number_line),
+)
+
+
 def draw_units(rng: Random, corpus: Corpus, characters: int, evaluation: bool = False) -> list[str]:
     """About ``characters`` of filler in one style or a mixture of stretches."""
     units: list[str] = []
     left = characters
-    words = corpus.words
     style = rng.random()
     while left > 0:
         if rng.random() < 0.25:  # styles mostly last for the whole text
             style = rng.random()
         stretch = min(left, rng.randint(300, 4000))
-        if style < 0.56:
+        if style < CORPUS_SHARE:
             new = corpus_units(rng, corpus, stretch, evaluation)
         else:
-            makers = (
-                (0.66, lambda: _noise(rng)), (0.76, lambda: _sentence(rng)), (0.82, lambda: _word_salad(rng, words)),
-                (0.87, lambda: _log_line(rng, words)), (0.90, lambda: _table_row(rng, words)),
-                (0.93, lambda: _code_line(rng, words)), (0.97, lambda: _markdown_line(rng, words)),
-                (1.01, lambda: _number_line(rng, words)),
-            )  # fmt: skip
-            make = next(m for limit, m in makers if style < limit)
+            make = next(m for limit, m in MAKERS if style < limit)
             new, total = [], 0
             while total < stretch:
-                new.append(make())
+                new.append(make(rng, corpus.words))
                 total += len(new[-1])
         if units and not units[-1].endswith((" ", "\n")):
             units[-1] += "\n"

@@ -1,12 +1,11 @@
-"""The trainer's operations: differentiable, over all tokens of a batch at once.
+"""The trainer's operations but attention itself: differentiable, over all tokens of a batch at once.
 
-Owns the forms of the model's equations that training needs: straight-through rounding, attention over banded blocks
-with log-sum-exp merging, dense experts.  Rounding and pooling are those of dsv4_kernels; its others are shaped
-for one sequence on a CPU (tiles, cached constants, no gradients), and a test compares whole models instead.
-Tokens of all sequences are flattened, so every function but `entry_attention` and the indexer's is the same graph for
-every sequence length; a sequence length is a multiple of 128.
-Letters: N tokens, D hidden, J and K streams, H heads, C channels, M compressed entries, B sequences, S positions,
-E experts, I expert hidden, Q chosen query positions.
+Owns the forms of the model's equations that training needs: straight-through rounding, residual streams, projections,
+compression, dense experts.  Rounding and pooling are those of dsv4_kernels; its others are shaped for one sequence on a
+CPU (tiles, cached constants, no gradients), and a test compares whole models instead.
+Tokens of all sequences are flattened, so every function is the same graph for every sequence length; a sequence
+length is a multiple of 128.
+Letters: N tokens, D hidden, J and K streams, H heads, C channels, M compressed entries, E experts, I expert hidden.
 Source: report, sections 2.2-2.4 and 5.2.
 """
 
@@ -27,6 +26,8 @@ from dsv4_kernels.rounding import (
     round_fp4,
     round_fp8,
 )
+
+from .rotary import rotate
 
 BLOCK = 128
 NEG_INF = float("-inf")
@@ -78,18 +79,6 @@ def bf16_weight_ste(w: Tensor) -> Tensor:
     return straight_through(w, w.detach().to(torch.bfloat16).to(w.dtype))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., C] with its last 64 channels (pairs 2i, 2i+1) turned; cos, sin float32, broadcastable to pairs.
-
-    The same as dsv4_kernels.rope.rotate in real arithmetic, which compilers fuse (they do not fuse complex numbers).
-    """
-    turning = 2 * cos.shape[-1]
-    pairs = x[..., -turning:].float().unflatten(-1, (-1, 2))
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2)
-    return torch.cat([x[..., :-turning], turned.to(x.dtype)], -1)
-
-
 def cache_rounding(x: Tensor, rope_dim: int, quantised: bool) -> Tensor:
     """A key-value row as the cache holds it: FP8 per 64 in its first channels, the rotated ones in bfloat16."""
     if not quantised:
@@ -107,28 +96,19 @@ def _projected(x_NJD: Tensor, fn: Tensor, eps: float) -> Tensor:
     return F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
-def mixing(
-    x_NJD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, hc_eps: float, eps: float
+def read_residual(
+    x_NJD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, hc_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """mHC's coefficients pre [N, J], post [N, K] and the doubly stochastic comb [N, J, K], all float32."""
+    """The sub-layer's normed input [N, D], and what writes its result back: post [N, K] and the logits [N, J, K] of the
+    doubly stochastic mixing matrices (sinkhorn.py makes them so); both float32."""
     j = x_NJD.shape[1]
     pre, post, comb = _projected(x_NJD, fn, eps).split([j, j, j * j], -1)
     base_pre, base_post, base_comb = base.split([j, j, j * j])
-    comb = (comb * scale[2] + base_comb).unflatten(-1, (j, j)).softmax(-1) + hc_eps
-    comb = comb / (comb.sum(-2, keepdim=True) + hc_eps)
-    for _ in range(iterations - 1):
-        comb = comb / (comb.sum(-1, keepdim=True) + hc_eps)
-        comb = comb / (comb.sum(-2, keepdim=True) + hc_eps)
-    return torch.sigmoid(pre * scale[0] + base_pre) + hc_eps, 2 * torch.sigmoid(post * scale[1] + base_post), comb
-
-
-def read_residual(
-    x_NJD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, iterations: int, hc_eps: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sub-layer's normed input [N, D]; post [N, K] and comb [N, J, K], which write its result back."""
-    pre, post, comb = mixing(x_NJD, fn, base, scale, iterations, hc_eps, eps)
+    pre = torch.sigmoid(pre * scale[0] + base_pre) + hc_eps
+    post = 2 * torch.sigmoid(post * scale[1] + base_post)
+    logits = (comb * scale[2] + base_comb).unflatten(-1, (j, j))
     u = (pre[:, :, None] * x_NJD.float()).sum(1).to(x_NJD.dtype)
-    return rms_norm(u, norm, eps), post, comb
+    return rms_norm(u, norm, eps), post, logits
 
 
 def write_residual(x_NJD: Tensor, f_ND: Tensor, post_NK: Tensor, comb_NJK: Tensor) -> Tensor:
@@ -170,44 +150,6 @@ def project(
     return q, cache_rounding(kv, 2 * cos.shape[-1], quantised), low
 
 
-def window_attention(q_NHC: Tensor, kv_NC: Tensor, first_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of each block of 128 queries over itself and the block before, 128 positions a query.
-
-    first_A: bool, true for blocks that open a sequence.  Returns the output [N, H, C] and its log-sum-exp [N, H].
-    """
-    tokens, heads, channels = q_NHC.shape
-    kv = kv_NC.view(-1, BLOCK, channels)
-    keys = torch.cat([kv.roll(1, 0), kv], 1)
-    q = (q_NHC * channels**-0.5).view(-1, BLOCK * heads, channels)
-    logits = torch.bmm(q, keys.transpose(1, 2)).float().view(-1, BLOCK, heads, 2 * BLOCK)
-    row = torch.arange(BLOCK, device=q.device)[:, None]
-    column = torch.arange(2 * BLOCK, device=q.device)
-    inside = (column > row) & (column <= row + BLOCK)
-    inside = inside & ~(first_A[:, None, None] & (column < BLOCK))
-    logits = logits.masked_fill(~inside[:, :, None], NEG_INF)
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse[..., None]).exp().to(kv.dtype)
-    out = torch.bmm(weights.view(-1, BLOCK * heads, 2 * BLOCK), keys)
-    return out.view(tokens, heads, channels), lse.view(tokens, heads)
-
-
-def entry_attention(q_BSHC: Tensor, entries_BMC: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over compressed entries: output [B, S, H, C] and log-sum-exp [B, S, H] (-1e30 where nothing is seen).
-
-    shown: bool [S, M] or [B, S, M].
-    """
-    batch, length, heads, channels = q_BSHC.shape
-    q = (q_BSHC * channels**-0.5).reshape(batch, length * heads, channels)
-    logits = torch.bmm(q, entries_BMC.transpose(1, 2)).float().view(batch, length, heads, -1)
-    logits = logits.masked_fill(~shown[..., :, None, :], -1e30)
-    peak = logits.detach().amax(-1, keepdim=True)
-    weights = (logits - peak).exp().masked_fill(~shown[..., :, None, :], 0.0)
-    total = weights.sum(-1, keepdim=True)
-    out = torch.bmm((weights / total.clamp_min(1e-20)).to(q.dtype).view(batch, length * heads, -1), entries_BMC)
-    lse = torch.where(total > 0, peak + total.clamp_min(1e-20).log(), torch.full_like(total, -1e30))
-    return out.view(batch, length, heads, channels), lse.squeeze(-1)
-
-
 def merge_and_project(
     near: Tensor,
     near_lse: Tensor,
@@ -220,10 +162,10 @@ def merge_and_project(
     wo_b: Tensor,
     groups: int,
     quantised: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """One softmax over window, entries and sink out of the parts' log-sum-exps, then the grouped output projection.
 
-    near, far: [N, H, C]; returns the sub-layer's result [N, D] and the joint log-sum-exp [N, H].
+    near, far: [N, H, C]; returns the sub-layer's result [N, D].
     """
     sink = sink_H.expand_as(near_lse)
     lse = torch.logaddexp(near_lse, sink)
@@ -235,53 +177,77 @@ def merge_and_project(
     out = rotate(out.to(near.dtype), cos[:, None], -sin[:, None])
     out_GNI = out.flatten(1).unflatten(-1, (groups, -1)).transpose(0, 1)
     low = torch.bmm(out_GNI, wo_a.unflatten(0, (groups, -1)).transpose(1, 2)).transpose(0, 1).flatten(1)
-    return F.linear(fp8_ste(low) if quantised else low, wo_b), lse
+    return F.linear(fp8_ste(low) if quantised else low, wo_b)
 
 
-def compress(
-    h_ND: Tensor,
-    wkv: Tensor,
-    wgate: Tensor,
-    ape: Tensor,
+def compress_project(h_ND: Tensor, wkv: Tensor, wgate: Tensor, ape: Tensor) -> tuple[Tensor, Tensor]:
+    """What compressed entries are pooled from: values and gate logits [N / R, R, channels] in float32, R =
+    ape.shape[0]."""
+    h = h_ND.float()
+    blocks = (-1, ape.shape[0])
+    return F.linear(h, wkv).unflatten(0, blocks), F.linear(h, wgate).unflatten(0, blocks) + ape
+
+
+def earlier_halves(kv_MRE: Tensor, gate_MRE: Tensor, first_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The first halves of the channels of the block before each, which overlapping blocks (R = 4) are pooled with too.
+
+    first_M: bool, true for blocks that open a document; they get no weight there.
+    """
+    channels, opens = kv_MRE.shape[-1] // 2, first_M[:, None, None]
+    kv = kv_MRE[..., :channels].roll(1, 0).masked_fill(opens, 0.0)
+    return kv, gate_MRE[..., :channels].roll(1, 0).masked_fill(opens, NEG_INF)
+
+
+def compress_pool(
+    kv: Tensor,
+    gate: Tensor,
+    earlier_kv: Tensor | None,
+    earlier_gate: Tensor | None,
     norm: Tensor,
     cos: Tensor,
     sin: Tensor,
-    first_M: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Compressed entries [N / R, C] of blocks of R = ape.shape[0] tokens, rotated; cos, sin at the entries' positions.
-
-    first_M: bool, true for entries that open a sequence (overlapping blocks, R = 4), or None (no overlap).
-    """
-    ratio = ape.shape[0]
-    h = h_ND.float()
-    kv = F.linear(h, wkv).unflatten(0, (-1, ratio))
-    gate = F.linear(h, wgate).unflatten(0, (-1, ratio)) + ape
-    if first_M is not None:
-        channels = ape.shape[1] // 2
-        opens = first_M[:, None, None]
-        earlier_kv = kv[..., :channels].roll(1, 0).masked_fill(opens, 0.0)
-        earlier_gate = gate[..., :channels].roll(1, 0).masked_fill(opens, NEG_INF)
+    """Compressed entries [M, C], rotated; cos, sin: at their positions; earlier: None where blocks do not overlap."""
+    if earlier_kv is not None and earlier_gate is not None:
+        channels = kv.shape[-1] // 2
         kv = torch.cat([earlier_kv, kv[..., channels:]], 1)
         gate = torch.cat([earlier_gate, gate[..., channels:]], 1)
     return rotate(rms_norm(pool_blocks(kv, gate), norm, eps), cos, sin)
+
+
+def mtp_input(
+    e_ND: Tensor,
+    x_NJD: Tensor,
+    enorm: Tensor,
+    hnorm: Tensor,
+    e_proj: Tensor,
+    h_proj: Tensor,
+    eps: float,
+    quantised: bool,
+) -> Tensor:
+    """The MTP block's streams [N, J, D] from the next token's embedding and the model's streams."""
+    e, h = rms_norm(e_ND, enorm, eps), rms_norm(x_NJD, hnorm, eps)
+    if quantised:
+        e, h = fp8_ste(e), fp8_ste(h)
+    return F.linear(e, e_proj)[:, None] + F.linear(h, h_proj)
 
 
 # Indexer ------------------------------------------------------------------------------------------------------------
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Walsh-Hadamard transform of the last dim (a power of two), scaled by C^-0.5, as sums and differences.
+    """Walsh-Hadamard transform of the last dim (a power of two), scaled by C^-0.5.
 
-    dsv4_kernels' product with a cached matrix cannot be differentiated once the engine has cached it for inference.
+    The matrix is made here: dsv4_kernels' cached one may not take part in training once the engine has made it.
     """
     size = x.shape[-1]
-    out, half = x.float(), 1
-    while half < size:
-        a, b = out.unflatten(-1, (-1, 2, half)).unbind(-2)
-        out = torch.stack([a + b, a - b], -2).flatten(-3)
-        half *= 2
-    return (out * size**-0.5).to(x.dtype)
+    i = torch.arange(size, device=x.device)
+    common = i[:, None] & i
+    for shift in (8, 4, 2, 1):  # parity of the bits in common
+        common = common ^ (common >> shift)
+    signs = 1.0 - 2.0 * (common & 1).float()
+    return ((x.float() @ signs) * size**-0.5).to(x.dtype)
 
 
 def index_rounding(x: Tensor, quantised: bool) -> Tensor:
@@ -300,29 +266,6 @@ def index_queries(
     return q, weights
 
 
-def index_scores(q_BQHC: Tensor, weights_BQH: Tensor, keys_BMC: Tensor) -> Tensor:
-    """score(t, s) = sum_h w relu(q_h . k_s): float32 [B, Q, M]."""
-    batch, queries, heads, channels = q_BQHC.shape
-    # Rounded operands are exact in bfloat16, and the products are accumulated in float32.
-    dots = torch.bmm(q_BQHC.reshape(batch, queries * heads, channels), keys_BMC.transpose(1, 2))
-    return (dots.view(batch, queries, heads, -1).relu() * weights_BQH[..., None]).sum(2)
-
-
-def index_loss(q_BQHC: Tensor, lse_BQH: Tensor, entries_BMC: Tensor, scores_BQM: Tensor, shown_BQM: Tensor) -> Tensor:
-    """Cross entropy of the indexer's softmax against the heads' attention to the entries, mean over chosen queries.
-
-    The target of a query is its heads' summed attention; its mass (how much it looks at entries at all) is its
-    weight.  q, lse and entries carry no gradient.  Source: report, sections 2.3.1 and 4.2 (warm-up).
-    """
-    channels = q_BQHC.shape[-1]
-    logits = torch.einsum("bqhc,bmc->bqhm", q_BQHC * channels**-0.5, entries_BMC).float()
-    target = (logits - lse_BQH[..., None]).exp().masked_fill(~shown_BQM[:, :, None], 0.0).sum(2)
-    log_picked = scores_BQM.masked_fill(~shown_BQM, -1e30).log_softmax(-1).masked_fill(~shown_BQM, 0.0)
-    mass = target.sum(-1)
-    entropy = -(target * (target / mass.clamp_min(1e-9)[..., None]).clamp_min(1e-12).log()).sum(-1)
-    return (-(target * log_picked).sum(-1) - entropy).sum() / mass.sum().clamp_min(1.0)
-
-
 # Experts ------------------------------------------------------------------------------------------------------------
 
 
@@ -339,11 +282,14 @@ def experts(
     normalise: bool,
     limit: float,
     quantised: bool,
-) -> tuple[Tensor, Tensor]:
-    """Result [N, D] and how many tokens each routed expert served [E].
+    parts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Result [N, D], the choice [N, K], and of ``parts`` equal parts of N each expert's share of tokens and of scores.
 
     w1, w3 [E + shared, I, D] and w2 [E + shared, D, I], the shared experts last.  All experts run on all tokens and
-    the unchosen ones get weight zero: at this size that is one product, faster than sorting tokens.
+    the unchosen ones get weight zero: at this size that is one product, faster than sorting tokens.  chosen_NK: the
+    choice where it is made elsewhere (hash layers; older parameters).  The shares [parts, E] are the means that
+    `balance` wants.
     """
     count = gate_ED.shape[0]
     scores = F.softplus(F.linear(h_ND.float(), gate_ED)).sqrt()
@@ -354,7 +300,8 @@ def experts(
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * scaling
     dense = torch.zeros(h_ND.shape[0], count, device=h_ND.device).scatter(1, chosen, weights)
-    load = (dense.detach() > 0).float().sum(0)
+    served = (dense.detach() > 0).float().unflatten(0, (parts, -1)).mean(1)
+    shares = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (parts, -1)).mean(1)
     dense = torch.cat([dense, dense.new_ones(h_ND.shape[0], w1.shape[0] - count)], 1)
     h = fp8_ste(h_ND) if quantised else h_ND
     gate = F.linear(h, w1.flatten(0, 1)).float().clamp(max=limit)
@@ -362,4 +309,13 @@ def experts(
     hidden = (hidden.unflatten(-1, (w1.shape[0], -1)) * dense[..., None]).to(h.dtype)
     if quantised:
         hidden = fp8_ste(hidden)
-    return F.linear(hidden.flatten(1), w2.transpose(0, 1).flatten(1)), load
+    return F.linear(hidden.flatten(1), w2.transpose(0, 1).flatten(1)), chosen, served, shares
+
+
+def balance(served_PE: Tensor, shares_PE: Tensor, sequences: int, topk: int) -> Tensor:
+    """The sequence balance loss: sum over E of f P, mean over the sequences (arXiv 2412.19437, equations 17-20).
+
+    f: an expert's share of tokens times E / topk; P: its mean share of the scores; P parts, as many for each sequence.
+    """
+    f = served_PE.unflatten(0, (sequences, -1)).mean(1) * (served_PE.shape[1] / topk)
+    return (f * shares_PE.unflatten(0, (sequences, -1)).mean(1)).sum(-1).mean()

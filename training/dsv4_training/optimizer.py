@@ -6,44 +6,41 @@ Source: report, section 2.4 (algorithm 1) for Muon; AdamW as usual.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-NEWTON_SCHULZ = 8 * [(3.4445, -4.7750, 2.0315)] + 2 * [(2.0, -1.5, 0.5)]
+from .recipe import Optimiser as Settings
+
+FAST = 8 * ((3.4445, -4.7750, 2.0315),)
+STABILISING = 2 * ((2.0, -1.5, 0.5),)
 
 
 def orthogonalise(g: Tensor) -> Tensor:
     """The hybrid Newton-Schulz iteration on [..., n, m]: divide by the Frobenius norm, then aM + b(MM')M + c(MM')^2 M.
 
-    Computed in bfloat16 on a GPU, in float32 elsewhere; returns g's dtype.
+    The fast steps are taken in bfloat16 on a GPU, the stabilising ones in float32, so that the singular values end
+    within 0.02 of one; elsewhere all in float32.  Returns g's dtype.
     """
     m = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-20)
     tall = m.shape[-2] > m.shape[-1]
     m = (m.mT if tall else m).to(torch.bfloat16 if g.is_cuda else torch.float32)
-    for a, b, c in NEWTON_SCHULZ:
+    m = newton_schulz(m, FAST)
+    m = newton_schulz(m.float(), STABILISING)
+    return (m.mT if tall else m).to(g.dtype)
+
+
+def newton_schulz(m: Tensor, steps: tuple[tuple[float, float, float], ...]) -> Tensor:
+    for a, b, c in steps:
         square = m @ m.mT
         m = a * m + (b * square + c * (square @ square)) @ m
-    return (m.mT if tall else m).to(g.dtype)
+    return m
 
 
 def is_matrix(name: str, value: Tensor) -> bool:
     """Whether Muon steps this parameter: matrices but embedding, head, norms and mHC's biases and gates."""
     return value.dim() >= 2 and name not in ("embed.weight", "head.weight") and not name.endswith("ape")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Learning rates are peaks; betas, eps, momentum and decay as in the report."""
-
-    muon_lr: float = 3e-3
-    adam_lr: float = 5e-3
-    momentum: float = 0.95
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-20
 
 
 class Optimizer:
@@ -52,22 +49,31 @@ class Optimizer:
     Rates and counts are tensors, so that a captured step can be replayed with other values.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], groups: int, settings: Settings) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], groups: int, settings: Settings) -> None:
         """groups: wo_a [g*o, i] is g independent matrices and is orthogonalised as such."""
         self.settings = settings
         device = next(iter(parameters.values())).device
         # Multiplies both learning rates; steps taken so far.
         self.scale = torch.ones((), device=device)
         self.steps = torch.zeros((), device=device)
-        self._adam = [p for n, p in parameters.items() if p.requires_grad and not is_matrix(n, p)]
-        self._adam_m = [torch.zeros_like(p) for p in self._adam]
-        self._adam_v = [torch.zeros_like(p) for p in self._adam]
+        self._state: dict[str, Tensor] = {"steps": self.steps}
+        self._adam: list[tuple[Tensor, Tensor, Tensor]] = []
         self._muon: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for name, p in parameters.items():
-            if p.requires_grad and is_matrix(name, p):
+            if not p.requires_grad:
+                continue
+            first = self._state[f"first.{name}"] = torch.zeros_like(p, requires_grad=False)
+            if settings.kind == "muon" and is_matrix(name, p):
                 parts = groups if name.endswith("wo_a.weight") else 1
                 shape = (p.shape[-2] // parts, p.shape[-1])
-                self._muon.setdefault(shape, []).append((p, torch.zeros_like(p)))
+                self._muon.setdefault(shape, []).append((p, first))
+            else:
+                second = self._state[f"second.{name}"] = torch.zeros_like(p, requires_grad=False)
+                self._adam.append((p, first, second))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a step changes but the parameters, by name: the tensors themselves."""
+        return self._state
 
     @torch.no_grad()
     def step(self) -> None:
@@ -76,7 +82,7 @@ class Optimizer:
         self._step_adam(self.settings.adam_lr * self.scale)
 
     def zero_grad(self) -> None:
-        for p in [*self._adam, *(p for group in self._muon.values() for p, _ in group)]:
+        for p in [*(p for p, _, _ in self._adam), *(p for group in self._muon.values() for p, _ in group)]:
             p.grad = None
 
     def _step_muon(self, lr: Tensor) -> None:
@@ -99,7 +105,7 @@ class Optimizer:
 
     def _step_adam(self, lr: Tensor) -> None:
         s = self.settings
-        used = [(p, m, v) for p, m, v in zip(self._adam, self._adam_m, self._adam_v, strict=True) if p.grad is not None]
+        used = [(p, m, v) for p, m, v in self._adam if p.grad is not None]
         if not used:
             return
         values, first, second = (list(column) for column in zip(*used, strict=True))

@@ -1,4 +1,8 @@
-"""The whole run: tokenizer, training, scores on held-out questions, checkpoint and model card."""
+"""The whole run: text and tokenizer, training in one or several goes, checkpoint, scores, model card.
+
+A run has two folders: the checkpoint's, and beside it NAME-run with the recipe, the tokenizer, the state to go on from,
+metrics.jsonl and the plot.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,95 +21,213 @@ import tokenizers
 import torch
 
 from dsv4_engine import Engine
+from dsv4_engine.errors import InputError
 
-from . import card, corpus, episodes, evaluate, trainer, vocabulary
+from . import card, code_tree, corpus, episodes, evaluate, leaks, metrics, packing, ranks, tasks, vocabulary
+from .code_tree import CodeTree
+from .corpus import Corpus
 from .export import save_checkpoint
-from .model import Mode, Network
-from .parameters import initial_parameters, working_weights
-from .settings import RunSettings, model_config
+from .parameters import initial_parameters
+from .pools import Pools
+from .post import PostRecipe
+from .recipe import Recipe
+from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def make_tokenizer(text: corpus.Corpus, size: int, seed: int) -> str:
+def folder_of(out: Path) -> Path:
+    """Where a run keeps what is not the checkpoint: beside it."""
+    return out.with_name(out.name + "-run")
+
+
+def make_tokenizer(text: Corpus, tree: CodeTree, size: int, seed: int) -> str:
     """A tokenizer.json for the corpus and for what the episodes' templates say."""
     rng = Random(f"{seed}/vocabulary")
     templates = [episodes.retrieval(rng, text, 600, 1.0).text() for _ in range(400)]
     templates += [episodes.small_talk(rng, text).text() for _ in range(300)]
+    templates += [tasks.tracking(rng, text, 400).text() for _ in range(150)]
+    templates += [tasks.code_lookup(rng, text, tree, 600).text() for _ in range(100)]
     return vocabulary.train_tokenizer([*(d.text[:12000] for d in text.training), *templates], size)
 
 
-def train(out: Path, settings: RunSettings) -> dict[str, Any]:
-    """Trains and writes the checkpoint to ``out``; returns (and writes beside it, in run.json) what was measured.
+def prepare(recipe: Recipe, folder: Path) -> packing.Source:
+    """The text of a run.  The tokenizer is made once and kept in ``folder``.  Raises InputError where text lacks."""
+    text = corpus.load()
+    tree = code_tree.load(recipe.data.code, text)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(make_tokenizer(text, tree, recipe.model.vocabulary, recipe.seed), encoding="utf-8")
+        os.replace(partial, path)
+    definition = path.read_text(encoding="utf-8")
+    leaks.check(text, tree)
+    pools = Pools.build(tokenizers.Tokenizer.from_str(definition), text, tree, recipe.seed)
+    log.info(
+        "text: %d documents of the corpus; %s; %s tokens of filler",
+        len(text.training), tree.about, f"{sum(len(pool.ids) for pool in pools.pools):,}",
+    )  # fmt: skip
+    return packing.Source(text, tree, pools, definition)
 
-    Raises ValueError when there is no GPU: on a CPU the run would end long before it has learnt anything.
+
+def device_for(recipe: Recipe | PostRecipe) -> torch.device:
+    """Raises InputError when the recipe asks for a GPU and there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if recipe.gpu:
+        raise InputError(
+            f"the recipe {recipe.name} needs a CUDA GPU, and there is none here",
+            "Run it on a machine with one; recipes/smoke.toml shows the same in a few minutes on a CPU.",
+        )
+    return torch.device("cpu")
+
+
+def train(
+    recipe: Recipe,
+    recipe_file: Path,
+    out: Path,
+    stop_after: float | None = None,
+    workers: int | None = None,
+    context: int = 1,
+) -> bool:
+    """Trains, or goes on from the last state; at the end writes the checkpoint.  Returns whether that was reached.
+
+    stop_after: minutes after which the state is written and the rest left to another call.  Of several processes, as
+    torchrun starts them, every ``context`` share their sequences, and the first one writes.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("training needs a CUDA GPU; tests/training runs the same code at toy size on a CPU")
-    started = time.monotonic()
+    began = time.monotonic()
+    world = ranks.enter(context)
+    ranks.check(recipe, world)
+    leads = world.ranks.rank == 0
+    device = ranks.device_of(world, device_for(recipe))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.cache_size_limit = 64  # one compiled form a phase, layer kind and stage
-    config = model_config()
-    text = corpus.load()
-    definition = make_tokenizer(text, config.vocab_size, settings.seed)
-    # The workers are forked before the GPU is touched: a process that uses one cannot be forked.
-    streams = trainer.make_streams(text, definition, settings)
-    tokenizer = tokenizers.Tokenizer.from_str(definition)
-    samples = list(evaluate.draw_samples(text, tokenizer, settings.samples, settings.seed + 1000))
-    device = torch.device("cuda")
-    parameters = initial_parameters(config, settings.seed, vocabulary.number_tokens(definition))
-    parameters = {n: p.detach().to(device).requires_grad_(p.requires_grad) for n, p in parameters.items()}
-    run = trainer.Trainer(config, parameters, settings, device)
-    records = run.run(streams)
-    trained_for = time.monotonic() - started
-    size = save_checkpoint(out, config, parameters, definition)
-    weights = working_weights(parameters, True, torch.bfloat16)
-    mode = Mode(quantised=True, sparse=True)
-    # Uncompiled: these batch shapes are used once.
-    right = evaluate.score_forced(Network(config), weights, samples, mode, device)
-    scores = evaluate.table(samples, right)
-    for score in scores:
-        log.info("%s", json.dumps(score))
-    result = {
-        "settings": dataclasses.asdict(settings),
-        "device": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in parameters.values() if p.requires_grad),
-        "bytes": size,
-        "seconds_until_trained": round(trained_for, 1),
-        "seconds": round(time.monotonic() - started, 1),
-        "steps": records[-1]["step"] if records else 0,
-        "tokens": records[-1]["tokens"] if records else 0,
-        "scores": scores,
-        "log": records,
-    }
-    (out / "README.md").write_text(card.model_card(config, result), encoding="utf-8")
-    _record(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    log.info("wrote %d bytes to %s after %.0f s", size, out, result["seconds"])
-    return result
+    torch._dynamo.config.cache_size_limit = 64  # one compiled form a stage and kind of layer
+    folder = folder_of(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = ranks.leader_first(world, lambda: prepare(recipe, folder))
+    if leads:
+        shutil.copyfile(recipe_file, folder / "recipe.toml")
+    parameters = initial_parameters(recipe.model.config(), recipe.seed, vocabulary.number_tokens(source.definition))
+    state = folder / "state.safetensors"
+    step = _step_of(state)
+    # The processes are forked before the GPU is touched: one that uses it cannot be forked.
+    stream = packing.Stream(recipe, source, step, workers_for(workers, device))
+    try:
+        parameters = {n: p.detach().to(device).requires_grad_(p.requires_grad) for n, p in parameters.items()}
+        trainer = ranks.trainer(recipe, parameters, device, world, compiled=device.type == "cuda")
+        if step:
+            trainer.load(state)
+            log.info("going on from step %d of %d", step, recipe.steps)
+        record = metrics.Metrics(folder / "metrics.jsonl", trainer.step_number) if leads else None
+        trainer.run(
+            stream, record, state, stop_after=None if stop_after is None else max(0.0, 60 * stop_after - _gone(began))
+        )
+    finally:
+        stream.close()
+    if record is None:
+        return trainer.step_number == recipe.steps
+    _account(folder, _gone(began), device)
+    metrics.plot({recipe.name: metrics.read(record.path)}, folder / "training.png")
+    if trainer.step_number < recipe.steps:
+        log.info("stopped at step %d of %d; the same command goes on from there", trainer.step_number, recipe.steps)
+        return False
+    size = save_checkpoint(out, trainer.config, parameters, source.definition)
+    _write_card(recipe, trainer.config, out, source.tree.about, size, [], None)
+    log.info("wrote %s bytes to %s", f"{size:,}", out)
+    return True
 
 
-def score(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Scores a checkpoint in the engine on the CPU, by its answers to ``count`` questions of each kind and length.
+def _gone(began: float) -> float:
+    return time.monotonic() - began
 
-    The model card is written anew with these scores where the training run's record lies beside the folder.
+
+def workers_for(asked: int | None, device: torch.device) -> int:
+    return asked if asked is not None else max(1, (os.cpu_count() or 2) - 2) if device.type == "cuda" else 0
+
+
+def _step_of(state: Path) -> int:
+    if not state.is_file():
+        return 0
+    from .state import load
+
+    return int(load(state)[1]["step"])
+
+
+def _account(folder: Path, seconds: float, device: torch.device) -> None:
+    """Adds the machine time of this call to the run's account."""
+    path = folder / "time.json"
+    account = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "calls": 0}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    account = {"seconds": round(account["seconds"] + seconds, 1), "calls": account["calls"] + 1, "device": name}
+    path.write_text(json.dumps(account | {"torch": torch.__version__}) + "\n", encoding="utf-8")
+
+
+def score(
+    recipe: Recipe, out: Path, count: int, lengths: Sequence[int], names: Sequence[str], device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Scores the checkpoint in the engine, and writes its card anew with the scores; they are kept in scores.json.
+
+    A task and length that was scored before is scored anew; others stay.
     """
-    engine = Engine.load(str(folder))
+    engine = Engine.load(str(out), device=device)
     text = corpus.load()
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    scores: list[dict[str, Any]] = []
-    for form in evaluate.FORMS:
-        for length in evaluate.LENGTHS:
-            samples = list(evaluate.draw_samples(text, tokenizer, count, 2001, (form,), (length,)))
-            scores += evaluate.table(samples, evaluate.score_generated(engine, samples))
-            log.info("%s", json.dumps(scores[-1]))
-    if _record(folder).is_file():
-        result = json.loads(_record(folder).read_text(encoding="utf-8"))
-        (folder / "README.md").write_text(card.model_card(engine.config, result, scores), encoding="utf-8")
-    return scores
+    tree = code_tree.load(recipe.data.code, text)
+    ground = evaluate.Ground.of(text, tree, tokenizers.Tokenizer.from_file(str(out / "tokenizer.json")))
+    path = folder_of(out) / "scores.json"
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"scores": [], "bits": None}
+    for name in names:
+        for length in lengths:
+            samples = list(evaluate.draw_samples(ground, count, recipe.seed + 2000, (name,), (length,)))
+            row = evaluate.run(engine, samples)[0]
+            log.info("%s", json.dumps(row))
+            others = [r for r in known["scores"] if (r["task"], r["length"]) != (name, length)]
+            known["scores"] = [*others, row]
+            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    known["scores"].sort(key=lambda r: (evaluate.TASKS.index(r["task"]), r["length"]))
+    if known["bits"] is None:
+        known["bits"] = evaluate.bits_per_byte(engine, text.evaluation)
+        log.info("%s", json.dumps(known["bits"]))
+    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    size = sum(file.stat().st_size for file in out.iterdir() if file.name != "README.md")
+    _write_card(recipe, engine.config, out, tree.about, size, known["scores"], known["bits"])
+    return list(known["scores"])
 
 
-def _record(folder: Path) -> Path:
-    """Where a run's measurements are kept: beside the checkpoint, not in it."""
-    return folder.with_name(folder.name + "-run.json")
+def _write_card(
+    recipe: Recipe,
+    config: Any,
+    out: Path,
+    code: str,
+    size: int,
+    scores: list[dict[str, Any]],
+    bits: dict[str, float] | None,
+) -> None:
+    folder = folder_of(out)
+    account = json.loads((folder / "time.json").read_text(encoding="utf-8"))
+    last = metrics.read(folder / "metrics.jsonl")[-1]
+    text = card.model_card(recipe, config, account, last, code, size, scores, bits)
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def compare_optimisers(recipe: Recipe, out: Path) -> None:
+    """The recipe with Muon and with AdamW: the same batches, as many steps; curves and plot go to ``out``."""
+    device = device_for(recipe)
+    torch.set_float32_matmul_precision("high")
+    out.mkdir(parents=True, exist_ok=True)
+    source = prepare(recipe, out)
+    curves = {}
+    for kind in ("muon", "adamw"):
+        one = dataclasses.replace(recipe, optimiser=dataclasses.replace(recipe.optimiser, kind=kind))
+        digits = vocabulary.number_tokens(source.definition)
+        parameters = {
+            n: p.detach().to(device).requires_grad_(p.requires_grad)
+            for n, p in initial_parameters(one.model.config(), one.seed, digits).items()
+        }
+        record = metrics.Metrics(out / f"{kind}.jsonl")
+        curves[kind] = Trainer(one, parameters, device, device.type == "cuda").run(
+            packing.Stream(one, source, 0, 0), record
+        )
+        log.info("%s: text %.3f, value %.3f", kind, curves[kind][-1]["text"], curves[kind][-1]["value"])
+    metrics.plot(curves, out / "optimisers.png")

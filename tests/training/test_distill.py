@@ -1,0 +1,116 @@
+"""Merging: the divergence against one computed from full logits, what is cached, and a student that follows."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_training import distill
+from dsv4_training.distill import Teacher, reverse_kl
+from dsv4_training.learner import Learner, mode_on
+from dsv4_training.model import Network
+from dsv4_training.post import Writing
+from dsv4_training.prompts import Question
+from dsv4_training.recipe import Optimiser
+from training.common import lively_parameters, small_config
+
+CPU = torch.device("cpu")
+
+
+def direct(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """sum over the vocabulary of p (log p - log q), in float64."""
+    p, q = p_logits.double().softmax(-1), q_logits.double().softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def test_divergence_and_gradient_equal_those_of_full_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "PIECE", 4)  # ten tokens in three pieces
+    torch.manual_seed(0)
+    teacher_hidden, teacher_head = torch.randn(10, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    hidden, head = torch.randn(10, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    got = reverse_kl(hidden, head, teacher_hidden, teacher_head)
+    weight = torch.rand(10)
+    (got * weight).sum().backward()
+    h, w = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    wanted = direct(h @ w.T, (teacher_hidden @ teacher_head.T).detach())
+    (wanted * weight).sum().backward()
+    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), h.grad, atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+    torch.testing.assert_close(head.grad.double(), w.grad, atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+    assert teacher_hidden.grad is None
+    assert teacher_head.grad is None
+    forward = direct(teacher_hidden.detach() @ teacher_head.detach().T, (h @ w.T).detach())
+    assert float((forward - wanted.detach()).abs().min()) > 1e-3  # the direction matters
+    assert float(reverse_kl(hidden, head, hidden, head).detach().abs().max()) < 1e-6
+
+
+def learner(steps: int, prompts: int, answers: int, passes: int) -> Learner:
+    config = small_config()
+    optimiser = Optimiser(muon_lr=1e-3, adam_lr=2e-3, warmup_steps=1, decay_from=0.9)
+    writing = Writing(steps, prompts, answers, 128, 6, 1.0, passes)
+    return Learner(config, lively_parameters(config), writing, optimiser, steps, 1, CPU)
+
+
+def teacher(name: str, seed: int, weight: float = 1.0) -> Teacher:
+    """The student with some of its matrices changed."""
+    config = small_config()
+    parameters, other = lively_parameters(config), lively_parameters(config, seed)
+    with torch.no_grad():
+        for part in ("head.weight", "layers.2.ffn.experts.w2", "layers.1.attn.wo_b.weight"):
+            parameters[part].lerp_(other[part], 0.5)
+    return Teacher.of(name, parameters, weight, mode_on(CPU))
+
+
+def questions(count: int) -> list[Question]:
+    draw = np.random.default_rng(0)
+    return [Question(draw.integers(2, 512, 20 + 30 * i).astype(np.uint16), ("x",), 4) for i in range(count)]
+
+
+def test_logits_are_made_anew_from_what_is_cached() -> None:
+    """The divergence of a pass is that of both models' whole forward passes at the written tokens."""
+    student, other = learner(1, 1, 2, 1), teacher("a", 7)
+    answers = student.write(questions(1))
+    network = Network(small_config())
+    cached = other.hidden(network, answers, student.mode)
+    assert cached.shape == (int(answers.mask.sum()), 128)
+    with torch.no_grad():
+        theirs = network.logits(other.weights, answers.ids, student.mode)
+        weights = {n: w.detach() for n, w in student.weights().items()}
+        ours = network.logits(weights, answers.ids, student.mode)
+        hidden = network.forward(weights, answers.ids, student.mode).hidden.unflatten(0, answers.ids.shape)
+    row = torch.arange(2)[:, None]
+    wanted = direct(ours[row, answers.at], theirs[row, answers.at])[answers.mask].mean()
+    at = hidden[row, answers.at]
+    got = distill.divergence(at, weights["head.weight"], answers, other, cached)
+    assert float(wanted) > 0.05
+    assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_each_teacher_judges_its_own_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step: the loss is the weighted sum, each teacher over the answers to its part of the questions."""
+    student, teachers = learner(1, 2, 1, 2), [teacher("a", 7, 3.0), teacher("b", 8, 1.0)]
+    judged: list[tuple[str, list[int]]] = []
+    hidden = Teacher.hidden
+
+    def noted(self: Teacher, network: Network, answers: distill.Answers, mode: object) -> Tensor:
+        judged.append((self.name, (answers.at[:, 0] + 1).tolist()))
+        return hidden(self, network, answers, mode)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Teacher, "hidden", noted)
+    records: list[dict[str, float]] = []
+    distill.run(student, teachers, [questions(2)], records.append)
+    assert judged == [("a", [20]), ("b", [50])]
+    record = records[0]
+    assert record["kl"] == pytest.approx(0.75 * record["kl_a"] + 0.25 * record["kl_b"], abs=2e-5)
+    assert record["kl_a"] > 0.05
+    assert record["kl_b"] > 0.05
+
+
+@pytest.mark.slow
+def test_the_student_comes_nearer_to_both() -> None:
+    student, teachers = learner(25, 4, 2, 2), [teacher("a", 7), teacher("b", 8)]
+    records: list[dict[str, float]] = []
+    distill.run(student, teachers, [questions(4)] * 25, records.append)
+    for name in ("kl_a", "kl_b"):
+        first, last = (np.mean([r[name] for r in part]) for part in (records[:3], records[-3:]))
+        assert last < 0.8 * first
