@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
-from dsv4cli.commands import cache, chat, doctor, eval, eval_lm, eval_mrcr, eval_report, inspect, profile, run
+from dsv4cli.commands import (
+    cache,
+    chat,
+    doctor,
+    download,
+    eval,
+    eval_lm,
+    eval_mrcr,
+    eval_report,
+    inspect,
+    profile,
+    quantize,
+    run,
+)
 
 app = typer.Typer(
     name="dsv4",
@@ -27,7 +41,9 @@ eval_mrcr.register(eval.app)
 eval_report.register(eval.app)
 app.add_typer(eval.app, name="eval")
 app.add_typer(cache.app, name="cache")
+app.command("download", no_args_is_help=True)(download.download)
 app.command("inspect")(inspect.inspect)
+app.command("quantize", no_args_is_help=True)(quantize.quantize)
 app.command("profile")(profile.profile)
 app.command("doctor")(doctor.doctor)
 
@@ -58,7 +74,12 @@ def main() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-    app(prog_name="dsv4")
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        app(prog_name="dsv4")
+    else:  # one of several processes of torchrun
+        from dsv4cli.ranks import run_ranked
+
+        run_ranked(lambda: app(prog_name="dsv4"))
 
 
 if __name__ == "__main__":
