@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dsv4cli.options import ANYWHERE, Placed
+from dsv4cli.plan import plan_document
+
 if TYPE_CHECKING:
     from dsv4_engine.config import ModelConfig
     from dsv4_engine.weights import Weights
@@ -17,11 +20,21 @@ _KINDS = {
 }
 
 
-def describe(model: str, *, ctx: int | None, device: str, dtype: str, kv_dtype: str) -> dict[str, Any]:
+def describe(
+    model: str,
+    *,
+    ctx: int | None,
+    device: str,
+    dtype: str,
+    kv_dtype: str,
+    plan: bool = False,
+    placed: Placed = ANYWHERE,
+) -> dict[str, Any]:
     """Everything about ``model`` that its files say.
 
     The aliases v4-flash and v4-pro that are not downloaded are described from the published configuration; what only
-    files can tell is None then.  Raises an InputError for any other model that is not there or is damaged.
+    files can tell is None then.  plan: with the whole memory plan (plan.py), which needs no files.
+    Raises an InputError for any other model that is not there or is damaged.
     """
     from dsv4_engine.accounting import bytes_on_disk, kv_bytes_per_token, parameters
     from dsv4_engine.errors import InputError
@@ -32,6 +45,9 @@ def describe(model: str, *, ctx: int | None, device: str, dtype: str, kv_dtype: 
         raise InputError(f"--ctx is {ctx:,}, and the model goes up to {most:,} tokens", "Give a smaller --ctx.")
     counted = parameters(config)
     disk = bytes_on_disk(weights) if weights else None
+    planned = None
+    if plan:
+        planned = plan_document(config, weights, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx, placed=placed)
     return {
         "model": model,
         "path": folder,
@@ -46,7 +62,8 @@ def describe(model: str, *, ctx: int | None, device: str, dtype: str, kv_dtype: 
         },
         "disk": {"total": sum(disk.values()), "by_part": disk} if disk else None,
         "kv": {"dtype": kv_dtype, "bytes_per_token": kv_bytes_per_token(config, kv_dtype)},
-        "memory": _memory(config, weights, device, dtype, kv_dtype, ctx) if weights else None,
+        "memory": None if plan or weights is None else _memory(config, weights, device, dtype, kv_dtype, ctx, placed),
+        "plan": planned,
     }
 
 
@@ -86,16 +103,18 @@ def _layers(config: ModelConfig, kv_dtype: str) -> list[dict[str, Any]]:
 
 
 def _memory(
-    config: ModelConfig, weights: Weights, device: str, dtype: str, kv_dtype: str, ctx: int | None
+    config: ModelConfig, weights: Weights, device: str, dtype: str, kv_dtype: str, ctx: int | None, placed: Placed
 ) -> dict[str, Any]:
     """The plan for one sequence; where it does not fit, what is said about that."""
+    from dsv4_engine.device_map import Limits, chosen_map
     from dsv4_engine.engine import DEFAULT_PLAN_CTX
     from dsv4_engine.errors import MemoryPlanError
     from dsv4_engine.placement import memory_plan
 
     planned = ctx or min(config.max_position_embeddings, DEFAULT_PLAN_CTX)
     try:
-        plan = memory_plan(config, weights, device, dtype, kv_dtype, planned)
+        where = chosen_map(placed.device_map, config, [device])
+        plan = memory_plan(config, weights, device, dtype, kv_dtype, planned, Limits(placed.gpu, placed.cpu), where)
     except MemoryPlanError as error:
         return {"fits": False, "ctx": planned, "device": device, "message": str(error), "hint": error.hint}
     return {"fits": True, "needed": plan.needed, **asdict(plan)}

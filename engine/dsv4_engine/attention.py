@@ -78,10 +78,16 @@ class Attention:
 
     def __init__(self, source: Source, config: ModelConfig, ratio: int, fmt: RowFormat, compress_freqs: Tensor) -> None:
         self.config, self.ratio, self.fmt = config, ratio, fmt
-        self.wq_a_wkv, self.wq_b = source.linears("wq_a", "wkv"), source.linear("wq_b")
-        self.wo_a, self.wo_b = source.linear("wo_a"), source.linear("wo_b")
+        self.ranks = ranks = source.ranks
+        self.groups = slice(*ranks.share(config.o_groups))  # of heads, this process' own
+        self.heads = slice(*ranks.share(config.num_attention_heads, config.num_attention_heads // config.o_groups))
+        low_rank, channels = config.o_lora_rank, config.head_dim
+        self.wq_a_wkv = source.linears("wq_a", "wkv")
+        self.wq_b = source.linear("wq_b", rows=(self.heads.start * channels, self.heads.stop * channels))
+        self.wo_a = source.linear("wo_a", rows=(self.groups.start * low_rank, self.groups.stop * low_rank))
+        self.wo_b = source.linear("wo_b", columns=(self.groups.start * low_rank, self.groups.stop * low_rank))
         self.q_norm, self.kv_norm = source.tensor("q_norm.weight"), source.tensor("kv_norm.weight")
-        self.sink = source.tensor("attn_sink")
+        self.sink = source.tensor("attn_sink")[self.heads]
         self.compressor = self.indexer = None
         if ratio:
             self.compressor = Compressor(
@@ -95,7 +101,7 @@ class Attention:
         config, eps = self.config, self.config.rms_norm_eps
         qr_SL, kv_SC = stacked_linear(u_SD, self.wq_a_wkv).split([config.q_lora_rank, config.head_dim], -1)
         qr_SL = rms_norm(qr_SL, self.q_norm, eps)
-        q_SHC = linear(qr_SL, self.wq_b).float().unflatten(-1, (config.num_attention_heads, config.head_dim))
+        q_SHC = linear(qr_SL, self.wq_b).float().unflatten(-1, (-1, config.head_dim))
         q_SHC = rotate(rms_norm(q_SHC, None, eps), chunk.query_phases[self.ratio])
         kv_SC = self.fmt.rounded(rotate(rms_norm(kv_SC.float(), self.kv_norm, eps), chunk.phases[self.ratio][:, 0]))
         window_RC = torch.cat([state.window, kv_SC])
@@ -103,8 +109,8 @@ class Attention:
 
         o_SHC = self._attend(q_SHC, window_RC, qr_SL, u_SD, chunk, state)
         o_SHC = rotate(o_SHC, chunk.back_phases[self.ratio]).to(u_SD.dtype)
-        o_SGX = o_SHC.reshape(u_SD.shape[0], config.o_groups, -1)
-        return linear(grouped_linear(o_SGX, self.wo_a), self.wo_b)
+        o_SGX = o_SHC.reshape(u_SD.shape[0], self.groups.stop - self.groups.start, -1)
+        return self.ranks.sum(linear(grouped_linear(o_SGX, self.wo_a), self.wo_b))
 
     def _attend(
         self, q_SHC: Tensor, window_RC: Tensor, qr_SL: Tensor, u_SD: Tensor, chunk: Chunk, state: LayerState

@@ -11,7 +11,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,10 @@ from torch import Tensor
 
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import InputError
-from dsv4_engine.weights import Form, Spec, scale_shape, tensor_specs
+from dsv4_engine.weights import FLOAT32, Form, Published, Spec, scale_shape
 
 _SHARD_BYTES = 1 << 30
-_FLOAT32 = ("hc_", ".ape", ".attn_sink", ".gate.bias")  # as in the published files; other plain floats are BF16
-_RMS = {"fp4": 2.93, "fp8": 1.46}  # of the codes drawn below, before their scale
+CODES_RMS = {"fp4": 2.93, "fp8": 1.46}  # of the codes drawn below, before their scale
 
 
 def one_layer_of_each_kind(config: ModelConfig) -> ModelConfig:
@@ -42,6 +40,22 @@ def one_layer_of_each_kind(config: ModelConfig) -> ModelConfig:
     )
 
 
+def first_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """The same model cut after its first layers, without the MTP block.  Raises InputError for more than it has."""
+    if not 1 <= layers <= config.num_hidden_layers:
+        message = f"{layers} layers cannot be taken of a model that has {config.num_hidden_layers}"
+        raise InputError(message, f"Give 1 to {config.num_hidden_layers}.")
+    return replace(
+        config,
+        num_hidden_layers=layers,
+        compress_ratios=config.compress_ratios[:layers],
+        num_hash_layers=min(config.num_hash_layers, layers),
+        num_nextn_predict_layers=0,
+        mtp_compress_ratios=(),
+        dspark=None,
+    )
+
+
 def random_checkpoint(
     folder: Path, config: ModelConfig, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Path:
@@ -49,8 +63,9 @@ def random_checkpoint(
 
     progress(done, total) counts bytes.  Raises InputError when the disk has no room for it.
     """
-    specs = tensor_specs(config, mtp=False)
-    total = sum(_nbytes(spec, _form(spec, config), name) for name, spec in specs.items())
+    published = Published(config)
+    specs = published.specs
+    total = sum(published.nbytes(name) for name in specs)
     free = shutil.disk_usage(folder).free
     if total > free:
         raise InputError(
@@ -70,7 +85,7 @@ def random_checkpoint(
         shard.clear()
 
     for name, spec in specs.items():
-        for part, value in _tensors(name, spec, config, generator):
+        for part, value in _tensors(name, spec, published.form(name), config, generator):
             shard[part] = value
             held += value.nbytes
         if held >= _SHARD_BYTES:
@@ -85,31 +100,17 @@ def random_checkpoint(
     return folder
 
 
-def _form(spec: Spec, config: ModelConfig) -> Form:
-    if config.quantization is None or spec.role not in ("expert", "linear"):
-        return "plain"
-    return "fp4" if spec.role == "expert" and config.expert_dtype == "fp4" else "fp8"
-
-
-def _nbytes(spec: Spec, form: Form, name: str) -> int:
-    size = prod(spec.shape)
-    if form != "plain":
-        return (size // 2 if form == "fp4" else size) + prod(scale_shape(spec.shape, form))
-    return size * (8 if spec.role == "ids" else 4 if any(part in name for part in _FLOAT32) else 2)
-
-
 def _tensors(
-    name: str, spec: Spec, config: ModelConfig, generator: np.random.Generator
+    name: str, spec: Spec, form: Form, config: ModelConfig, generator: np.random.Generator
 ) -> Iterator[tuple[str, Tensor]]:
     """One tensor under its published name, and its scale where it has one."""
-    form = _form(spec, config)
     if spec.role == "ids":  # as many different experts a token as are used
         first = torch.from_numpy(generator.integers(config.n_routed_experts, size=(spec.shape[0], 1)))
         yield name, (first + torch.arange(spec.shape[1])) % config.n_routed_experts
         return
     if form == "plain":
         value = torch.from_numpy(_plain(name, spec, generator))
-        yield name, value if any(part in name for part in _FLOAT32) else value.to(torch.bfloat16)
+        yield name, value if any(part in name for part in FLOAT32) else value.to(torch.bfloat16)
         return
     rows, columns = spec.shape
     codes = np.frombuffer(generator.bytes(rows * columns // (2 if form == "fp4" else 1)), np.uint8)
@@ -117,7 +118,7 @@ def _tensors(
         yield name, torch.from_numpy(codes.copy()).view(torch.int8).view(rows, columns // 2)
     else:  # sign and mantissa at random, exponent 0: 1 to 1.875 either way, never NaN
         yield name, torch.from_numpy(codes & 0x87 | 0x38).view(torch.float8_e4m3fn).view(rows, columns)
-    exponent = round(math.log2(1 / (math.sqrt(columns) * _RMS[form])))
+    exponent = round(math.log2(1 / (math.sqrt(columns) * CODES_RMS[form])))
     scale = torch.full(scale_shape(spec.shape, form), 127 + exponent, dtype=torch.uint8)
     yield name.removesuffix(".weight") + ".scale", scale.view(torch.float8_e8m0fnu)
 

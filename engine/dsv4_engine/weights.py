@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from types import MappingProxyType
 from typing import Literal
@@ -30,6 +31,7 @@ Role = Literal["expert", "linear", "float", "ids"]
 FORMS: Mapping[Role, tuple[Form, ...]] = {
     "expert": ("fp4", "fp8", "plain"), "linear": ("fp8", "plain"), "float": ("plain",), "ids": ("plain",)
 }  # fmt: skip
+FLOAT32 = ("hc_", ".ape", ".attn_sink", ".gate.bias")  # in published files; other plain floats are BF16
 SMALL = 1 << 20  # elements up to which a float tensor is searched for NaN when opened
 _FINGERPRINT_BYTES = 1 << 16
 _SHOWN = 5
@@ -112,14 +114,16 @@ class Weights:
             weights.check_values()
         return weights
 
-    def check_values(self, seen: Callable[[int], object] | None = None) -> None:
+    def check_values(self, seen: Callable[[int], object] | None = None, apart: Collection[int] = ()) -> None:
         """Refuse NaN in scales and small tensors, and expert ids out of range, with a CheckpointError.
 
         Reads one part in 17 of an FP4 checkpoint, so it can take a while where that is large: plan memory first.
-        seen(bytes) is called for every tensor with its size on disk.
+        seen(bytes) is called for every tensor with its size on disk.  apart: layers whose experts are checked when they
+        are read (offload/disk.py); the MTP block's are too, where there are such layers.
         """
         hint = "Download the checkpoint again: its contents are damaged."
-        _raise(self.checkpoint, list(self._bad_values(seen)), hint)
+        later = tuple(f"layers.{layer}.ffn.experts." for layer in apart) + (("mtp.0.ffn.experts.",) if apart else ())
+        _raise(self.checkpoint, list(self._bad_values(seen, later)), hint)
 
     @property
     def total_bytes(self) -> int:
@@ -148,17 +152,30 @@ class Weights:
             scale = float32_to_e8m0(scale).view(torch.float8_e8m0fnu)
         return scale
 
+    def form(self, name: str) -> Form:
+        """How a tensor in `specs` lies on disk."""
+        return self.forms[name]
+
+    def places(self, name: str) -> tuple[TensorInfo, TensorInfo | None]:
+        """Where a tensor in `specs` and its scale (None without one) lie in the files."""
+        info = self.checkpoint.names[self._names[name]]
+        if self.forms[name] == "plain":
+            return info, None
+        return info, self.checkpoint.names[self._names[name.removesuffix(".weight") + ".scale"]]
+
     def nbytes(self, name: str) -> int:
         """Bytes on disk of a tensor in `specs`, its scale included."""
-        size = self.checkpoint.names[self._names[name]].nbytes
-        if self.forms[name] != "plain":
-            size += self.checkpoint.names[self._names[name.removesuffix(".weight") + ".scale"]].nbytes
-        return size
+        data, scale = self.places(name)
+        return data.nbytes + (0 if scale is None else scale.nbytes)
 
-    def _bad_values(self, seen: Callable[[int], object] | None) -> Iterator[str]:
+    def _bad_values(self, seen: Callable[[int], object] | None, later: tuple[str, ...]) -> Iterator[str]:
         for name in self.specs:
             if seen is not None:
                 seen(self.nbytes(name))
+            if later and name.startswith(later):
+                if seen is not None:
+                    seen(self.nbytes(name))  # it stays where it is
+                continue
             form = self.forms[name]
             if form != "plain":
                 scale_name = name.removesuffix(".weight") + ".scale"
@@ -182,6 +199,34 @@ def _bad_scale(name: str, scale: Tensor) -> Iterator[str]:
     mantissa, _ = torch.frexp(scale)
     if not bool(((scale >= 2.0**-126) & (scale <= 2.0**127) & (mantissa == 0.5)).all()):
         yield f"{name} holds NaN or a value that is no power of two"
+
+
+# ---- a published model that is not there -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `Weights` knows of sizes, from a configuration alone: the tensors as they are published, without MTP."""
+
+    config: ModelConfig
+
+    @cached_property
+    def specs(self) -> Mapping[str, Spec]:
+        return MappingProxyType(tensor_specs(self.config, mtp=False))
+
+    def form(self, name: str) -> Form:
+        spec = self.specs[name]
+        if self.config.quantization is None or spec.role not in ("expert", "linear"):
+            return "plain"
+        return "fp4" if spec.role == "expert" and self.config.expert_dtype == "fp4" else "fp8"
+
+    def nbytes(self, name: str) -> int:
+        """Bytes on disk of a tensor, its scale included."""
+        spec, form = self.specs[name], self.form(name)
+        size = prod(spec.shape)
+        if form != "plain":
+            return (size // 2 if form == "fp4" else size) + prod(scale_shape(spec.shape, form))
+        return size * (8 if spec.role == "ids" else 4 if any(part in name for part in FLOAT32) else 2)
 
 
 # ---- the table of names ----------------------------------------------------------------------------------------------

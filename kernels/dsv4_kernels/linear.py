@@ -2,6 +2,7 @@
 
 `Weight` is a matrix as a checkpoint holds it, or the same matrix expanded.  Quantised linears round their
 activations to FP8 first, whatever form the weight is held in, so that expansion changes speed and never values.
+On a CPU a matrix that is not held as it multiplies is unpacked a tile of rows at a time (unpacked.py).
 Letters: S tokens, O outputs, I inputs, G groups.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rounding import e4m3_to_float32, round_fp8
+from .unpacked import unpacked_linear
 
 ACTIVATION_BLOCK = 128
 FP8_BLOCK = 128
@@ -60,6 +62,24 @@ class Weight:
             return self
         return replace(self, data=self.data.to(device), scale=None if self.scale is None else self.scale.to(device))
 
+    def rows(self, start: int, end: int) -> Weight:
+        """Outputs [start, end), without a copy; of an fp8 weight in whole blocks."""
+        if self.scale is None:
+            return replace(self, data=self.data[start:end])
+        step = FP8_BLOCK if self.fmt == "fp8" else 1
+        assert start % step == 0 and (end % step == 0 or end == self.data.shape[0])
+        return replace(self, data=self.data[start:end], scale=self.scale[start // step : -(-end // step)])
+
+    def columns(self, start: int, end: int) -> Weight:
+        """Inputs [start, end) as a copy; of a packed weight in whole blocks."""
+        per_byte = 2 if self.fmt == "fp4" else 1
+        data = self.data[:, start // per_byte : end // per_byte].contiguous()
+        if self.scale is None:
+            return replace(self, data=data)
+        step = FP8_BLOCK if self.fmt == "fp8" else FP4_BLOCK
+        assert start % step == 0 and end % step == 0
+        return replace(self, data=data, scale=self.scale[:, start // step : end // step].contiguous())
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The matrix [O, I] in ``dtype``; exact in float32 and in bfloat16 for both packed formats."""
         if self.fmt == "plain":
@@ -91,8 +111,15 @@ def linear(x: Tensor, weight: Weight, rounded: bool = False) -> Tensor:
     """x W^T for x [..., I] -> [..., O] in x's dtype.  ``rounded``: x already went through `round_for`."""
     if not rounded:
         x = round_for(x, weight)
-    data = weight.data if weight.fmt == "plain" and weight.data.dtype == x.dtype else weight.dequantised(x.dtype)
-    return F.linear(x, data)
+    if weight.fmt == "plain" and weight.data.dtype == x.dtype:
+        return F.linear(x, weight.data)
+    if _by_tiles(x):
+        return unpacked_linear(x, weight.data, weight.scale, weight.fmt)
+    return F.linear(x, weight.dequantised(x.dtype))
+
+
+def _by_tiles(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def round_for(x: Tensor, weight: Weight) -> Tensor:
@@ -120,5 +147,9 @@ def stacked_linear(x: Tensor, weights: tuple[Weight, ...], rounded: bool = False
 def grouped_linear(x_SGI: Tensor, weight: Weight) -> Tensor:
     """Block-diagonal product: group g of x [S, G, I] times rows g*O..(g+1)*O of weight [G*O, I] -> [S, G*O]."""
     tokens, groups, width = x_SGI.shape
+    if _by_tiles(x_SGI) and (weight.fmt != "plain" or weight.data.dtype != x_SGI.dtype):
+        rows = weight.shape[0] // groups
+        parts = ((x_SGI[:, g], range(g * rows, (g + 1) * rows)) for g in range(groups))
+        return torch.cat([unpacked_linear(x, weight.data, weight.scale, weight.fmt, at) for x, at in parts], -1)
     w_GIO = weight.dequantised(x_SGI.dtype).view(groups, -1, width).transpose(1, 2)
     return torch.bmm(x_SGI.transpose(0, 1), w_GIO).transpose(0, 1).reshape(tokens, -1)

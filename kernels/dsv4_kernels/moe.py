@@ -6,7 +6,7 @@ Source: report, section 2.1; facts on the clamp and the place of the routing wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -103,3 +103,37 @@ def mixture(u_SD: Tensor, experts: Sequence[Expert], chosen_SK: Tensor, weights_
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     return results_XD.index_select(0, back).view(tokens, topk, -1).sum(1)
+
+
+def streamed_mixture(
+    u_SD: Tensor,
+    fetch: Callable[[Mapping[int, int]], Iterable[tuple[int, Expert]]],
+    chosen_SK: Tensor,
+    weights_SK: Tensor,
+    limit: float,
+) -> Tensor:
+    """As `mixture`, over experts that come one after another: float32 [S, D].
+
+    fetch(tokens by expert) gives each of these experts once, in any order; one is done with when the next is asked for.
+    Neither the order nor what was there before changes a bit of the result.  One that fetch leaves out adds nothing.
+    """
+    tokens, topk = chosen_SK.shape
+    results_XD = torch.zeros(tokens * topk, u_SD.shape[1], device=u_SD.device)
+    if not tokens:
+        return results_XD
+    order_X = chosen_SK.flatten().argsort(stable=True)
+    found, counts = torch.unique_consecutive(chosen_SK.flatten()[order_X], return_counts=True)
+    starts = [0, *counts.cumsum(0).tolist()]
+    runs = {e: (a, b) for e, (a, b) in zip(found.tolist(), pairwise(starts), strict=True)}
+    weights_X1 = weights_SK.flatten()[:, None]
+    least = 1 if tokens == 1 else STEADY_ROWS
+    rounded: Tensor | None = None
+    for e, expert in fetch({e: b - a for e, (a, b) in runs.items()}):
+        if rounded is None:
+            rounded = round_for(u_SD, expert.w13[0])
+        pairs = order_X[slice(*runs[e])]
+        rows = _steady(rounded.index_select(0, pairs // topk), least)
+        hidden = swiglu(stacked_linear(rows, expert.w13, rounded=True)[: len(pairs)], limit) * weights_X1[pairs]
+        hidden = _steady(round_for(hidden.to(u_SD.dtype), expert.w2), least)
+        results_XD[pairs] = linear(hidden, expert.w2, rounded=True)[: len(pairs)].float()
+    return results_XD.view(tokens, topk, -1).sum(1)

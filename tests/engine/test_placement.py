@@ -13,8 +13,10 @@ from dsv4_engine.accounting import kv_bytes, sequence_state_bytes
 from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import DeviceError, MemoryPlanError
-from dsv4_engine.placement import MAX_WORKING_SET, MIN_WORKING_SET, available_memory, memory_plan
+from dsv4_engine.placement import PROGRAM, available_memory, memory_plan, working_bytes_per_token
 from dsv4_engine.weights import Weights
+from dsv4_kernels.tiling import CPU
+from dsv4_kernels.unpacked import unpacked_bytes
 from support.random_checkpoint import make_checkpoint
 
 GIB = 1 << 30
@@ -44,8 +46,11 @@ def test_a_plan_adds_up(packed: Weights, memory: Any) -> None:
     assert plan.kv == kv_bytes(packed.config, "mixed", 10_000) + sequence_state_bytes(packed.config)
     assert plan.needed == plan.weights + plan.unpacked + plan.kv + plan.working_set
     assert plan.weights_on_disk == packed.checkpoint.total_bytes
-    assert plan.working_set == 4 * GIB // 16
-    assert (plan.available, plan.ctx, plan.device) == (4 * GIB, 10_000, "cpu")
+    chosen = 4 * 96 * min(10_000 // 4, plan.chunk * 8)  # rows that a chunk's queries chose, in float32
+    scores = min(3 * 4 * 64 * 4 * (2 * 32 + 10_000 // 4), CPU.working_set)  # of a tile of 64 queries of 4 heads
+    assert plan.working_set == plan.chunk * working_bytes_per_token(packed.config) + scores + chosen
+    assert (plan.available, plan.ctx, plan.device) == (4 * GIB - PROGRAM, 10_000, "cpu")
+    assert sum(row.bytes for row in plan.rows) == plan.needed + plan.program == plan.total("cpu")
     assert plan.max_ctx == packed.config.max_position_embeddings
 
 
@@ -70,11 +75,11 @@ def test_small_models_are_expanded(packed: Weights, memory: Any) -> None:
 def test_large_models_stay_packed(packed: Weights, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(4 * GIB)
     expanded = memory_plan(packed.config, packed).weights
-    monkeypatch.setattr(placement, "EXPAND_SHARE", (expanded - 1) / (4 * GIB))
+    monkeypatch.setattr(placement, "EXPAND_SHARE", (expanded - 1) / (4 * GIB - PROGRAM))
     plan = memory_plan(packed.config, packed)
     assert not plan.expand
     assert plan.weights < expanded
-    assert plan.unpacked == 4 * max(s.shape[0] * s.shape[1] for s in packed.specs.values() if len(s.shape) == 2)
+    assert plan.unpacked == unpacked_bytes(widest(packed), torch.get_num_threads())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
@@ -88,10 +93,23 @@ def test_plain_float32_weights_take_what_they_take_on_disk(
     assert plan.weights == plan.weights_on_disk == plain.checkpoint.total_bytes
 
 
-@pytest.mark.parametrize(("size", "working_set"), [(GIB, MIN_WORKING_SET), (1000 * GIB, MAX_WORKING_SET)])
-def test_the_working_set_is_bounded(packed: Weights, memory: Any, size: int, working_set: int) -> None:
-    memory(size)
-    assert memory_plan(packed.config, packed).working_set == working_set
+def widest(weights: Weights) -> int:
+    return max(spec.shape[1] for spec in weights.specs.values() if len(spec.shape) == 2)
+
+
+def test_chunks_are_of_what_there_is(packed: Weights, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "working_bytes_per_token", lambda config: 1 << 20)
+    for size, chunk in ((GIB, 128), (4 * GIB, 128), (8 * GIB, 384), (1000 * GIB, 512)):
+        memory(size)
+        plan = memory_plan(packed.config, packed)
+        assert plan.chunk == chunk and plan.working_set >= chunk << 20
+
+
+def test_a_short_context_needs_no_whole_chunk(packed: Weights, memory: Any) -> None:
+    memory(4 * GIB)
+    short, whole = (memory_plan(packed.config, packed, ctx=ctx) for ctx in (100, 512))
+    assert short.chunk == whole.chunk == 512
+    assert whole.working_set - short.working_set > 412 * working_bytes_per_token(packed.config)
 
 
 def test_no_memory_for_the_weights(packed: Weights, memory: Any) -> None:
@@ -99,19 +117,20 @@ def test_no_memory_for_the_weights(packed: Weights, memory: Any) -> None:
     with pytest.raises(MemoryPlanError) as caught:
         memory_plan(packed.config, packed, ctx=4096)
     message = str(caught.value)
-    assert "needs 129.9" in message and "MiB of memory on cpu" in message and "but 1.0 MiB are available" in message
-    assert "weights 1." in message and "cache of 4,096 tokens" in message
+    assert "with its routed experts on disk, needs" in message and "MiB of memory on cpu" in message
+    assert "but 0 B are available" in message and "4 experts at a time" in message
+    assert "(weights " in message and "cache of 4,096 tokens" in message
     assert "free memory" in caught.value.hint
 
 
 def test_no_memory_for_the_context(packed: Weights, memory: Any) -> None:
-    memory(140 << 20)
+    memory(PROGRAM + (70 << 20))
     with pytest.raises(MemoryPlanError) as caught:
         memory_plan(packed.config, packed, kv_dtype="fp32", ctx=65_536)
     assert "cache of 65,536 tokens" in str(caught.value)
     limit = int(caught.value.hint.split("at most ")[1].split(" tokens")[0].replace(",", ""))
     assert "--ctx" in caught.value.hint and "mixed" in caught.value.hint
-    assert memory_plan(packed.config, packed, kv_dtype="fp32", ctx=limit).needed <= 140 << 20
+    assert memory_plan(packed.config, packed, kv_dtype="fp32", ctx=limit).needed <= 70 << 20
     with pytest.raises(MemoryPlanError):
         memory_plan(packed.config, packed, kv_dtype="fp32", ctx=limit + 1024)
 

@@ -1,0 +1,156 @@
+"""A GPU's pool over memory: what the kernels' tables point to is what was chosen.  On the CPU but for the last tests.
+
+python -m pytest -m gpu tests/engine/offload/test_gpu_pool.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4[gpu]'")
+
+from dsv4_engine import Engine
+from dsv4_engine.checkpoint import Checkpoint
+from dsv4_engine.config import ModelConfig
+from dsv4_engine.device_map import Limits
+from dsv4_engine.errors import CheckpointError, MemoryPlanError
+from dsv4_engine.gpu.apart import EXACT_BINADES, GpuPool, Residency
+from dsv4_engine.offload.disk import ExpertFiles
+from dsv4_engine.offload.store import ExpertStore
+from dsv4_engine.weights import Weights
+from support.random_checkpoint import make_checkpoint
+
+EXPERTS, LAYERS = 24, 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["fp4", "fp8"])
+def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    more = {"expert_dtype": "fp8"} if request.param == "fp8" else {}
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp(request.param) / "m",
+        quantised=True, mtp=False, n_routed_experts=EXPERTS, hidden_size=128, moe_intermediate_size=128, **more,
+    )  # fmt: skip
+    return Weights.open(Checkpoint.open(folder), ModelConfig.from_folder(folder))
+
+
+def store_of(weights: Weights, slots: int) -> ExpertStore:
+    return ExpertStore(ExpertFiles(weights, EXACT_BINADES), weights.config, slots)
+
+
+def check(pool: GpuPool, weights: Weights, layer: int, chosen: torch.Tensor) -> None:
+    """Every chosen expert's bytes are where the layer's table says."""
+    kernels = pool.kernel_pool(layer)
+    for expert in chosen.unique().tolist():
+        slot = int(kernels.slot_of_expert[expert])
+        assert slot >= 0
+        name = f"layers.{layer}.ffn.experts.{expert}."
+        w1, w3, w2 = (weights.weight(f"{name}{m}") for m in ("w1", "w3", "w2"))
+        for whole, parts in ((kernels.w13, (w1.data, w3.data)), (kernels.w2, (w2.data,))):
+            assert torch.equal(whole[slot].view(torch.uint8), torch.cat(parts).view(torch.uint8))
+        scales = torch.cat([w.scale.view(torch.uint8) for w in (w1, w3) if w.scale is not None])
+        assert torch.equal(kernels.s13[slot], scales)
+        assert w2.scale is not None and torch.equal(kernels.s2[slot], w2.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("memory", [9, LAYERS * EXPERTS])
+@pytest.mark.parametrize("slots", [EXPERTS, 40, LAYERS * EXPERTS])
+def test_tables_point_to_what_was_chosen(weights: Weights, memory: int, slots: int) -> None:
+    store = store_of(weights, memory)
+    pool = GpuPool(store, CPU, slots)
+    residency = Residency(dict.fromkeys(range(LAYERS), pool), {0: np.arange(512).reshape(256, 2) % EXPERTS})
+    generator = torch.Generator().manual_seed(slots)
+    for turn in range(6):
+        tokens = (1, 1, 200, 1, 40, 1)[turn]
+        residency.begin(torch.randint(256, (tokens,), generator=generator))
+        for layer in range(LAYERS):
+            chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(6).indices.int()
+            residency(layer, chosen)
+            check(pool, weights, layer, chosen)
+            assert pool.slots.pinned <= slots
+    usage = residency.usage
+    assert usage.bytes == usage.fetched * store.pool.layout.nbytes
+    assert pool.slots.pinned <= EXPERTS + len(pool._early)
+    if slots == memory == LAYERS * EXPERTS:
+        assert usage.fetched <= LAYERS * EXPERTS
+
+
+def test_a_prompts_next_layer_comes_early(weights: Weights) -> None:
+    store = store_of(weights, LAYERS * EXPERTS)
+    for layer in range(LAYERS):
+        list(store.use(layer, 1, dict.fromkeys(range(EXPERTS), 1)))
+    pool = GpuPool(store, CPU, LAYERS * EXPERTS)
+    residency = Residency(dict.fromkeys(range(LAYERS), pool), {})
+    everyone = torch.arange(EXPERTS, dtype=torch.int32).repeat(8)[:, None]
+    for layer in range(LAYERS):
+        residency(layer, everyone)
+        assert (pool.slots.slot_of[: layer + 2] >= 0).all()
+        check(pool, weights, layer, everyone)
+    assert (residency.usage.misses, residency.usage.hits) == (EXPERTS, 3 * EXPERTS)
+
+
+def test_wide_rows_are_refused_when_read(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", quantised=True, mtp=False, hidden_size=128, moe_intermediate_size=128)
+    weights = Weights.open(Checkpoint.open(folder), ModelConfig.from_folder(folder))
+    scale = weights.places("layers.1.ffn.experts.2.w3.weight")[1]
+    assert scale is not None
+    with scale.file.open("r+b") as file:
+        file.seek(scale.start)
+        file.write(bytes([100, 120]))
+    assert len(list(store_of(weights, 8).use(1, 1, {1: 1}))) == 1
+    with pytest.raises(CheckpointError, match=r"layers\.1\.ffn\.experts\.2\.w3\.weight .* 14 binades"):
+        list(store_of(weights, 8).use(1, 1, {2: 1}))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 512, "num_attention_heads": 8, "head_dim": 128, "q_lora_rank": 128,
+    "o_groups": 4, "o_lora_rank": 128, "sliding_window": 128, "index_n_heads": 16, "index_head_dim": 128,
+    "index_topk": 32, "moe_intermediate_size": 512, "n_routed_experts": 64, "num_experts_per_tok": 6,
+    "compress_ratios": [0, 128, 4, 4, 128, 0], "num_hash_layers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("gpu") / "m", quantised=True, mtp=False, **SHAPE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_logits_have_the_same_bits(folder: Path, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = tmp_path / "map.json"
+    where.write_text(f'{{"": 0, "layers.*.ffn.experts": "{home}"}}')
+    whole = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096)
+    apart = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, device_map=where)
+    size = apart.plan.total("cuda:0") - (apart.plan.gpu_slots[0] - 150) * apart.plan.expert_bytes
+    apart = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, device_map=where, limits=Limits(gpu=(size,)))
+    assert 64 <= apart.plan.gpu_slots[0] < 6 * 64
+    ids = torch.randint(512, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
+    a, b = whole.session(), apart.session()
+    assert torch.equal(a.extend(ids, logits="all").cpu(), b.extend(ids, logits="all").cpu())
+    for token in ids[:40]:
+        assert torch.equal(a.extend([token]).cpu(), b.extend([token]).cpu())
+
+
+@pytest.mark.gpu
+def test_a_gpu_limit_is_kept_to(folder: Path) -> None:
+    whole = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096)
+    size = whole.plan.needed - whole.plan.weights // 3
+    del whole
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    engine = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, limits=Limits(gpu=(size,)))
+    session = engine.session()
+    session.extend(list(range(500)) * 4)
+    for token in range(20):
+        session.extend([token])
+    assert torch.cuda.max_memory_allocated() - before <= size
+    with pytest.raises(MemoryPlanError, match=r"one layer's 64 experts"):
+        Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, limits=Limits(gpu=(1 << 20,)))
