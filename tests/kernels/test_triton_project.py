@@ -1,0 +1,117 @@
+"""Queries, window rows and index queries against float64 and the engine's bytes; interpreted where there is no GPU."""
+
+import pytest
+import torch
+
+from support.triton_mode import DEVICE  # isort: split
+
+from dsv4_kernels.norm import rms_norm
+from dsv4_kernels.rounding import round_fp8
+from dsv4_kernels.triton.index import fold_queries
+from dsv4_kernels.triton.project import finish_queries, split_low_rank
+from dsv4_kernels.triton.rows import WindowRows, from_block, row_bytes
+from support.streams_case import EPS, index_queries, poisoned, queries, random_phases, rarely_differ, window_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # of poisoned values
+
+
+def bf16(*shape: int, device: str = DEVICE) -> torch.Tensor:
+    """Values of very different sizes, so that scales differ."""
+    x = torch.randn(*shape, device=device) * torch.randint(-6, 6, (*shape[:-1], 1), device=device).float().exp2()
+    return (x * (1 + 30 * (torch.rand(shape, device=device) < 0.01))).to(torch.bfloat16)
+
+
+def check_split(tokens: int, low: int, channels: int, ring: int) -> None:
+    y, phases = bf16(tokens, low + channels), random_phases(tokens, DEVICE)
+    q_norm, kv_norm = torch.rand(low, device=DEVICE) + 0.5, torch.rand(channels, device=DEVICE) + 0.5
+    position = torch.arange(1000, 1000 + tokens, device=DEVICE)
+    rows = ring or tokens + 9
+    base = torch.full((tokens,), 0 if ring else 9 - 1000, device=DEVICE)
+    block = torch.full((rows * row_bytes(channels),), 0xFF, dtype=torch.uint8, device=DEVICE)
+    with poisoned():
+        got = split_low_rank(y, q_norm, kv_norm, phases, position, WindowRows(block, base, ring), EPS)
+    want = round_fp8(rms_norm(y[:, :low], q_norm, EPS), 128)
+    assert got.shape == (tokens, low) and (not tokens or rarely_differ(got.values(), want.float()))
+    written = base + (position % ring if ring else position)
+    stored = from_block(block, channels)
+    assert not tokens or rarely_differ(stored[written], window_rows(y[:, low:], kv_norm, phases))
+    stored[written] = 0xFF
+    assert (stored == 0xFF).all()  # nothing else
+
+
+def check_queries(tokens: int, heads: int, channels: int, index_heads: int, index_channels: int) -> None:
+    y = bf16(tokens, heads * channels + index_heads * index_channels)
+    phases = random_phases(tokens, DEVICE)
+    weights = torch.randn(tokens, index_heads + 3, device=DEVICE)[:, 3:] if index_heads else None
+    with poisoned():
+        q, index_q, folded = finish_queries(y, heads, channels, phases, EPS, weights, index_channels)
+    want = queries(y[:, : heads * channels].unflatten(1, (heads, channels)), phases)
+    assert q.shape == want.shape and rarely_differ(q, want.to(torch.bfloat16))
+    if weights is None:
+        assert index_q is None and folded is None
+        return
+    assert index_q is not None and folded is not None
+    values = index_queries(y[:, heads * channels :].unflatten(1, (index_heads, index_channels)), phases)
+    factor = (index_heads * index_channels) ** -0.5
+    want_q, want_weights = fold_queries(values, weights * factor)
+    if tokens:
+        # A value that rounds the other way may change its head's scale; compare what both say together.
+        got = index_q.float() * (folded / (weights * factor))[..., None]
+        want = want_q.float() * (want_weights / (weights * factor))[..., None]
+        assert rarely_differ(torch.where((got - want).abs() <= 1e-5 * want.abs(), want, got), want)
+    assert index_q.shape == (tokens, index_heads, index_channels)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "low", "channels", "ring"), [(5, 128, 128, 0), (3, 384, 192, 2048), (2, 256, 512, 256), (0, 128, 128, 0)]
+)
+def test_split_low_rank(tokens: int, low: int, channels: int, ring: int) -> None:
+    check_split(tokens, low, channels, ring)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "channels", "index_heads", "index_channels"),
+    [(3, 4, 128, 2, 128), (2, 9, 192, 33, 64), (1, 3, 512, 0, 0), (0, 4, 128, 2, 128)],
+)
+def test_finish_queries(tokens: int, heads: int, channels: int, index_heads: int, index_channels: int) -> None:
+    check_queries(tokens, heads, channels, index_heads, index_channels)
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    tokens = 5 if DEVICE == "cpu" else 3000
+    y, phases = bf16(tokens, 8 * 512 + 4 * 128), random_phases(tokens, DEVICE)
+    weights = torch.randn(tokens, 4, device=DEVICE)
+    together = finish_queries(y, 8, 512, phases, EPS, weights, 128)
+    for t in (0, tokens // 2, tokens - 1):
+        part = slice(t, t + 1)
+        alone = finish_queries(y[part], 8, 512, phases[part], EPS, weights[part], 128)
+        for one, all_of_them in zip(alone, together, strict=True):
+            assert one is not None and all_of_them is not None
+            assert torch.equal(one.view(torch.uint8), all_of_them[part].view(torch.uint8))
+
+
+def test_infinite_values_show() -> None:
+    y = bf16(1, 128 + 128)
+    y[0, 130] = torch.inf
+    block = torch.zeros(row_bytes(128), dtype=torch.uint8, device=DEVICE)
+    base, position = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    one = torch.ones(128, device=DEVICE)
+    split_low_rank(y, one, one, random_phases(1, DEVICE), position, WindowRows(block, base), EPS)
+    assert (block.view(torch.float8_e4m3fn)[:64].float().isnan()).any()
+
+
+def test_refusals_name_the_alternative() -> None:
+    with pytest.raises(ValueError, match="device='cpu'"):
+        finish_queries(bf16(1, 64), 1, 64, random_phases(1, DEVICE), EPS)
+    with pytest.raises(ValueError, match="phases"):
+        finish_queries(bf16(1, 128), 1, 128, torch.zeros(1, 64), EPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 63, 1000])
+@pytest.mark.parametrize(("heads", "low"), [(64, 1024), (128, 1536)])
+def test_flash_and_pro(tokens: int, heads: int, low: int) -> None:
+    check_split(tokens, low, 512, 0)
+    check_split(min(tokens, 256), low, 512, 256)
+    check_queries(tokens, heads, 512, 64, 128)
+    check_queries(tokens, heads, 512, 0, 0)
