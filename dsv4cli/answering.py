@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from dsv4cli.errors import InputProblem
 from dsv4cli.interrupt import Stop, Stopped, stop_on_ctrl_c
 from dsv4cli.keeping import Keeping, Recorder, tell_miss
-from dsv4cli.options import Think
+from dsv4cli.options import ANYWHERE, Placed, Think
 from dsv4cli.output import count, file_size, note, per_second, progress_bar, write
 
 if TYPE_CHECKING:
@@ -67,13 +67,27 @@ class Outcome:
         return per_second(self.completion_tokens, self.decode_s)
 
 
-def load(model: str, *, device: str, dtype: str, kv_dtype: str, ctx: int | None) -> tuple[Engine, float]:
+def load(
+    model: str, *, device: str, dtype: str, kv_dtype: str, ctx: int | None, placed: Placed = ANYWHERE
+) -> tuple[Engine, float]:
     """The engine for ``model`` and the seconds it took, which include importing torch."""
     started = time.monotonic()
     with progress_bar(f"loading {model}", "bytes") as progress:
         from dsv4_engine import Engine
+        from dsv4_engine.device_map import Limits
 
-        engine = Engine.load(model, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx, progress=progress)
+        engine = Engine.load(
+            model,
+            device=device,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            ctx=ctx,
+            progress=progress,
+            limits=Limits(placed.gpu, placed.cpu),
+            device_map=placed.device_map,
+        )
+    if engine.backend.why:
+        note(f"note: the GPU runs torch's own operations and not the Triton kernels: {engine.backend.why}", style="dim")
     return engine, time.monotonic() - started
 
 

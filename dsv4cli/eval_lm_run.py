@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4_evals.errors import EvalError, TaskError
 from dsv4cli.eval_run import THINKING_TOKENS, evaluate, folder_of, show_results
 from dsv4cli.evaluation import PromptText, Where, open_model
+from dsv4cli.options import Placed, computed_in
 from dsv4cli.output import count, duration, file_size, note, print_json, progress_bar, table, work_bar
 
 if TYPE_CHECKING:
@@ -140,9 +141,10 @@ def _run(plan: Plan, values: Values, more: Callable[[Mapping[str, Any]], Mapping
         "no_cache",
     )
     where = Where(
-        dtype=values["dtype"].value,
+        dtype=computed_in(values["dtype"], values["device"]),
         kv_dtype=values["kv_dtype"].value,
         ctx=values["ctx"] or 0,
+        placed=Placed.of(values["device_map"], values["gpu_mem"], values["cpu_mem"]),
         **{name: values[name] for name in same},
     )
     model = open_model(where)

@@ -20,6 +20,7 @@ from dsv4_evals.model import Model
 from dsv4_evals.task import Cell, Filler, Task
 from dsv4cli.errors import FAILURE
 from dsv4cli.evaluation import Where, open_model
+from dsv4cli.options import ANYWHERE, Placed
 from dsv4cli.output import count, duration, file_size, note, print_json, table, work_bar
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Flags:
     temperature: float = 0.0
     top_p: float = 1.0
     json: bool = False
+    placed: Placed = ANYWHERE
 
     @property
     def thinking_tokens(self) -> int:
@@ -78,6 +80,7 @@ class Flags:
             self.endpoint_body,
             self.cache_dir,
             self.no_cache or self.dry_run,
+            self.placed,
         )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dsv4_evals.errors import TooLongError
 from dsv4_evals.model import Cost, Ids, Model, Progress, Prompt, Reply, Score, Settings, Trace
+from dsv4cli.options import ANYWHERE, Placed
 from dsv4cli.output import note
 from dsv4cli.tracing import Tracer
 
@@ -54,6 +55,7 @@ class Where:
     endpoint_body: Mapping[str, Any] | None = None
     cache_dir: Path | None = None
     no_cache: bool = False
+    placed: Placed = ANYWHERE
 
 
 def open_model(where: Where) -> Model:
@@ -73,7 +75,7 @@ def open_model(where: Where) -> Model:
     from dsv4cli import answering
 
     engine, load_s = answering.load(
-        where.model, device=where.device, dtype=where.dtype, kv_dtype=where.kv_dtype, ctx=None
+        where.model, device=where.device, dtype=where.dtype, kv_dtype=where.kv_dtype, ctx=None, placed=where.placed
     )
     text = PromptText(engine.tokenizer, engine.config, engine.kv_dtype)
     if where.no_cache:

@@ -18,7 +18,7 @@ import typer
 
 from dsv4cli.errors import InputProblem
 from dsv4cli.line_input import state_folder
-from dsv4cli.options import Think
+from dsv4cli.options import ANYWHERE, Placed, Think
 from dsv4cli.output import count, note
 
 if TYPE_CHECKING:
@@ -135,12 +135,13 @@ class Request:
         sampling, think, stop = Sampling(**given.pop("sampling")), Think(given.pop("think")), tuple(given.pop("stop"))
         return How(sampling, think, stop=stop, **given)
 
-    def load(self) -> tuple[Engine, float]:
+    def load(self, placed: Placed = ANYWHERE) -> tuple[Engine, float]:
         """The engine it was begun with, and the seconds that took.  Says so when the answer may differ from here on."""
         from dsv4_engine.prefix_cache.origin import origin_of
         from dsv4cli.answering import load
 
-        loaded = load(self.model, device=self.device, dtype=self.dtype, kv_dtype=self.kv_dtype, ctx=self.ctx)
+        how = {"device": self.device, "dtype": self.dtype, "kv_dtype": self.kv_dtype}
+        loaded = load(self.model, **how, ctx=self.ctx, placed=placed)
         origin = origin_of(loaded[0])
         if origin.model != self.origin[0]:
             raise InputProblem(f"{self.model} is no longer the model that began this answer", "Ask again.")

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dsv4cli.errors import explain
+from dsv4cli.options import Dtype, computed_in
 
 # The packages dsv4 stands on.
 REQUIRED = (
@@ -138,6 +139,7 @@ def _compute(found: Findings) -> None:
         device = gpu["device"]
         try:
             gpu["self_check"] = _self_check(device)
+            found.backends[device] = gpu["self_check"]["backend"]  # kernels are chosen with a model in hand
         except Exception as error:  # a GPU that does not compute leaves the CPU as it was
             report = explain(error)
             found.missing.append({"what": device, "for": f"computing there: {report.message}", "how": report.hint})
@@ -150,7 +152,8 @@ def _self_check(device: str) -> dict[str, Any]:
     from dsv4_engine import Engine
 
     started = time.monotonic()
-    engine = Engine.load("tiny", device=device)
+    engine = Engine.load("tiny", device=device, dtype=computed_in(Dtype.auto, device))
     logits = engine.session().extend(engine.tokenizer.encode("The sky is"))
     finite = bool(logits.isfinite().all())
-    return {"model": engine.name, "finite": finite, "seconds": round(time.monotonic() - started, 2)}
+    seconds = round(time.monotonic() - started, 2)
+    return {"model": engine.name, "backend": engine.backend.name, "finite": finite, "seconds": seconds}

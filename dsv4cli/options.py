@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,18 @@ def parse_size(text: str | int) -> int:
     if value < 1 or value != int(value):
         raise typer.BadParameter(f"{text!r} is not a whole number of at least 1.")
     return int(value)
+
+
+_BYTES = {"": 1, "b": 1, **{f"{u}b": 1000 ** (i + 1) for i, u in enumerate("kmgt")},
+          **{f"{u}{end}": 1024 ** (i + 1) for i, u in enumerate("kmgt") for end in ("", "ib")}}  # fmt: skip
+
+
+def parse_bytes(text: str | int) -> int:
+    """A size in bytes: ``24GiB`` or ``24G`` (1024^3), ``24GB`` (1000^3), or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", str(text).strip().lower())
+    if not match or match[2] not in _BYTES or not float(match[1]):
+        raise typer.BadParameter(f"{text!r} is not a size in bytes; write 24GiB, 24GB or 512MiB.")
+    return int(float(match[1]) * _BYTES[match[2]])
 
 
 def parse_number(text: str | float, low: float, high: float) -> float:
@@ -56,6 +69,10 @@ def list_of(parse: Callable[[str], Any]) -> Callable[[str | Many], Many]:
         return found
 
     return values
+
+
+def _sizes(text: str | Many) -> Many:
+    return text if isinstance(text, Many) else Many(parse_bytes(part) for part in text.split(","))
 
 
 def _between(low: float, high: float) -> Callable[[str | float], float]:
@@ -90,8 +107,9 @@ class Think(StrEnum):
 
 
 class Dtype(StrEnum):
-    """What unquantised weights compute in."""
+    """What unquantised weights compute in.  auto: see `computed_in`."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 
@@ -104,6 +122,28 @@ class KvDtype(StrEnum):
     fp32 = "fp32"
 
 
+def computed_in(dtype: Dtype, device: str | None) -> str:
+    """The type behind ``dtype`` on a device: on GPUs the kernels compute in bfloat16, as the published code does."""
+    if dtype is not Dtype.auto:
+        return dtype.value
+    return "float32" if device in (None, "cpu") else "bfloat16"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a model may lie: the values of --device-map, --gpu-mem and --cpu-mem."""
+
+    device_map: str = "auto"
+    gpu: tuple[int, ...] = ()
+    cpu: int | None = None
+
+    @classmethod
+    def of(cls, device_map: str, gpu: Many | None, cpu: int | None) -> Placed:
+        return cls(device_map, tuple(gpu or ()), cpu)
+
+
+ANYWHERE = Placed()
+PLACED = ("device_map", "gpu_mem", "cpu_mem")
 _MODEL, _SAMPLING, _CACHE, _OUTPUT = "Model", "Answer", "Cache", "Output"
 
 DEFAULT_MODEL = "tiny"
@@ -130,7 +170,12 @@ Ctx = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", rich_help_panel=_MODEL, help="What unquantised weights compute in.")
+    Dtype,
+    typer.Option(
+        "--dtype",
+        rich_help_panel=_MODEL,
+        help="What unquantised weights compute in; auto is float32 on a CPU, bfloat16 on GPUs.",
+    ),
 ]
 KvDtypeOption = Annotated[
     KvDtype,
@@ -139,7 +184,44 @@ KvDtypeOption = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option(metavar="NAME", rich_help_panel=_MODEL, help="Where to compute: cpu, cuda or cuda:N.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=_MODEL,
+        help="Where to compute: cpu, cuda, cuda:N, several GPUs as cuda:0,cuda:1, or cuda:all.",
+    ),
+]
+DeviceMap = Annotated[
+    str,
+    typer.Option(
+        "--device-map",
+        metavar="auto|balanced|FILE",
+        rich_help_panel=_MODEL,
+        help="What lies where: auto fills one GPU after another and keeps routed experts that do not fit in memory or "
+        "on disk, balanced spreads layers evenly, a JSON file says it.",
+    ),
+]
+GpuMem = Annotated[
+    Many | None,
+    typer.Option(
+        "--gpu-mem",
+        parser=_sizes,
+        metavar="SIZE,...",
+        envvar="DSV4_GPU_MEM",
+        rich_help_panel=_MODEL,
+        help="Memory to use of each GPU at most, such as 24GiB, or 24GiB,48GiB for two. By default what is free.",
+    ),
+]
+CpuMem = Annotated[
+    int | None,
+    typer.Option(
+        "--cpu-mem",
+        parser=parse_bytes,
+        metavar="SIZE",
+        envvar="DSV4_CPU_MEM",
+        rich_help_panel=_MODEL,
+        help="Memory for the whole process at most, such as 16GiB. By default what is free.",
+    ),
 ]
 MaxTokens = Annotated[
     int | None,

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4cli.errors import InputProblem
+from dsv4cli.options import ANYWHERE, Placed
 from dsv4cli.output import progress_bar
 
 if TYPE_CHECKING:
     from dsv4_engine.config import ModelConfig
     from dsv4_engine.costs import Config, Held
-    from dsv4_engine.engine import Engine
+    from dsv4_engine.engine import Backend, Engine
     from dsv4_engine.measure import Phase
     from dsv4_engine.roofline import Device
 
@@ -48,6 +49,7 @@ class Wanted:
     sweep: bool
     measure: bool
     random_weights: bool
+    placed: Placed = ANYWHERE
 
 
 def check(wanted: Wanted) -> None:
@@ -235,7 +237,8 @@ def devices(name: str | None, dtype: str) -> list[Device]:
         )
     from dsv4_engine.ceilings import measured_device
 
-    return [measured_device(name, dtype)]
+    first = "cuda:0" if name == "cuda:all" else name.split(",")[0]  # several GPUs take turns at one sequence
+    return [measured_device(first, dtype)]
 
 
 def _roofline(models: Sequence[Named], device: Device, ctx: int, wanted: Wanted, here: bool) -> dict[str, Any]:
@@ -319,12 +322,20 @@ def _loaded(model: Named, wanted: Wanted, ctx: int, device: str) -> Iterator[tup
 
     from dsv4_engine import Engine
     from dsv4_engine.config import ModelConfig
+    from dsv4_engine.device_map import Limits
     from dsv4_engine.random_weights import one_layer_of_each_kind, random_checkpoint
 
     def load(folder: str) -> Engine:
         with progress_bar("loading", "bytes") as progress:
             return Engine.load(
-                folder, device=device, dtype=wanted.dtype, kv_dtype=wanted.kv_dtype, ctx=ctx, progress=progress
+                folder,
+                device=device,
+                dtype=wanted.dtype,
+                kv_dtype=wanted.kv_dtype,
+                ctx=ctx,
+                progress=progress,
+                limits=Limits(wanted.placed.gpu, wanted.placed.cpu),
+                device_map=wanted.placed.device_map,
             )
 
     if not wanted.random_weights:
@@ -332,10 +343,29 @@ def _loaded(model: Named, wanted: Wanted, ctx: int, device: str) -> Iterator[tup
         yield load(model.path), None
         return
     assert isinstance(model.config, ModelConfig)
+    if device.startswith("cuda"):
+        from dsv4_engine.gpu.random_engine import backend_of_published
+
+        backend = backend_of_published(model.config, device, wanted.dtype, wanted.kv_dtype)
+        if backend.name == "triton":
+            yield _random_on_gpus(model.config, backend, ctx)
+            return
     with tempfile.TemporaryDirectory(prefix="dsv4-random-") as folder:
         with progress_bar("random weights", "bytes") as progress:
             random_checkpoint(Path(folder), one_layer_of_each_kind(model.config), progress=progress)
         yield load(folder), model.config
+
+
+def _random_on_gpus(config: ModelConfig, backend: Backend, ctx: int) -> tuple[Engine, ModelConfig | None]:
+    """The whole model where it fits these GPUs, else one layer of each kind and the configuration they stand for."""
+    from dsv4_engine.errors import MemoryPlanError
+    from dsv4_engine.gpu.random_engine import random_engine
+    from dsv4_engine.random_weights import one_layer_of_each_kind
+
+    try:
+        return random_engine(config, backend, ctx), None
+    except MemoryPlanError:
+        return random_engine(one_layer_of_each_kind(config), backend, ctx), config
 
 
 def _measured(model: Named, wanted: Wanted, ctx: int, device: str, ceilings: Device) -> dict[str, Any]:
@@ -350,7 +380,7 @@ def _measured(model: Named, wanted: Wanted, ctx: int, device: str, ceilings: Dev
         timed = engine.config.num_hidden_layers
         return {
             "model": model.name,
-            "weights": "loaded" if whole is None else "random",
+            "weights": "random" if wanted.random_weights else "loaded",
             "layers_timed": timed,
             "layers": timed if whole is None else whole.num_hidden_layers,
             "scaled": found.scaled,

@@ -101,7 +101,7 @@ def verify(
     replay: _REPLAY = False,
     sample: _SAMPLE = 8,
     model: options.Model = options.DEFAULT_MODEL,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: options.DtypeOption = options.Dtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.mixed,
     device: options.Device = "cpu",
     cache_dir: options.CacheDir = None,
@@ -127,7 +127,7 @@ def verify(
         document = {**asdict(found), "sound": found.sound, "replay": None}
         wrong = not found.sound
         if replay:
-            again = _replay(store, sample, model, dtype.value, kv_dtype.value, device)
+            again = _replay(store, sample, model, options.computed_in(dtype, device), kv_dtype.value, device)
             document["replay"] = again
             wrong = wrong or bool(again["different"])
         if json:

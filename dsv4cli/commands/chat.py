@@ -16,9 +16,12 @@ def chat(
     load: options.Load = None,
     model: options.Model = options.DEFAULT_MODEL,
     ctx: options.Ctx = None,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: options.DtypeOption = options.Dtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.mixed,
     device: options.Device = "cpu",
+    device_map: options.DeviceMap = "auto",
+    gpu_mem: options.GpuMem = None,
+    cpu_mem: options.CpuMem = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -54,17 +57,19 @@ def chat(
 
     with reported():
         resumed = None
+        placed = options.Placed.of(device_map, gpu_mem, cpu_mem)
         if resume:
-            refuse_beside_resume(context, ["cache_dir", "cache_policy", "json", "file"])
+            refuse_beside_resume(context, ["cache_dir", "cache_policy", "json", "file", *options.PLACED])
             resumed = take_up("chat")
         kept = read(load) if load else None
         reading = files.read_paths(file or [])
         if resumed:
             request = resumed[0]
-            (engine, _), how, ctx = request.load(), request.settings(), request.ctx
+            (engine, _), how, ctx = request.load(placed), request.settings(), request.ctx
             how = replace(how, sampling=replace(how.sampling, seed=request.chat["seed"]))
         else:
-            engine, _ = answering.load(model, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx)
+            computed = options.computed_in(dtype, device)
+            engine, _ = answering.load(model, device=device, dtype=computed, kv_dtype=kv_dtype, ctx=ctx, placed=placed)
             sampling = answering.sampling(engine, temperature, top_p, min_p, seed)
             how = answering.How(sampling, think, max_tokens, tuple(stop or ()))
         engine.tokenizer  # noqa: B018 - a model without one is refused now, not at the first question

@@ -146,9 +146,12 @@ _SHARED: _Flags = {
     "samples": (_COUNT, 1),
     "seed": (_SEED, 0),
     "model": (options.Model, options.DEFAULT_MODEL),
-    "dtype": (options.DtypeOption, options.Dtype.float32),
+    "dtype": (options.DtypeOption, options.Dtype.auto),
     "kv_dtype": (options.KvDtypeOption, options.KvDtype.mixed),
     "device": (options.Device, "cpu"),
+    "device_map": (options.DeviceMap, "auto"),
+    "gpu_mem": (options.GpuMem, None),
+    "cpu_mem": (options.CpuMem, None),
     "endpoint": (_ENDPOINT, None),
     "endpoint_model": (_ENDPOINT_MODEL, None),
     "endpoint_timeout": (_ENDPOINT_TIMEOUT, 1800.0),
@@ -250,9 +253,11 @@ def flags_of(values: dict[str, Any]) -> Any:
     from dsv4cli.eval_run import Flags
 
     given = {name: values.pop(name) for name in list(values) if name in {**_BEFORE, **_HIDING, **_SHARED}}
+    given["placed"] = options.Placed.of(given.pop("device_map"), given.pop("gpu_mem"), given.pop("cpu_mem"))
     given["lengths"] = tuple(given.pop("ctx", ()))
     given["files"] = tuple(given.pop("file", None) or ())
-    for name in ("dtype", "kv_dtype", "think"):
+    given["dtype"] = options.computed_in(given["dtype"], given["device"])
+    for name in ("kv_dtype", "think"):
         given[name] = given[name].value
     return Flags(**given)
 

@@ -111,7 +111,7 @@ def _several(about: str) -> Any:
 
 _WHERE: _Flags = {
     "ctx": (options.Ctx, None),
-    **{name: _SHARED[name] for name in ("model", "dtype", "kv_dtype", "device")},
+    **{name: _SHARED[name] for name in ("model", "dtype", "kv_dtype", "device", "device_map", "gpu_mem", "cpu_mem")},
     **{name: flag for name, flag in _SHARED.items() if name.startswith("endpoint")},
     **{name: _SHARED[name] for name in ("cache_dir", "no_cache")},
 }

@@ -19,9 +19,15 @@ def inspect(
         ),
     ] = options.DEFAULT_MODEL,
     ctx: options.Ctx = None,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: options.DtypeOption = options.Dtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.mixed,
     device: options.Device = "cpu",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would lie where, and what to expect; nothing need be downloaded.")
+    ] = False,
+    device_map: options.DeviceMap = "auto",
+    gpu_mem: options.GpuMem = None,
+    cpu_mem: options.CpuMem = None,
     json: options.Json = False,
 ) -> None:
     """Show layers, parameters, and sizes on disk and in memory.
@@ -35,6 +41,8 @@ def inspect(
 
     [bold]dsv4 inspect v4-flash --ctx 1M[/bold]
 
+    [bold]dsv4 inspect v4-flash --plan --gpu-mem 24GiB --cpu-mem 192GiB --ctx 1M[/bold]
+
     [bold]dsv4 inspect ./my-checkpoint --json[/bold]
     """
     from dsv4cli.errors import reported
@@ -43,7 +51,16 @@ def inspect(
         from dsv4cli import output
         from dsv4cli.anatomy import describe
 
-        found = describe(model, ctx=ctx, device=device, dtype=dtype.value, kv_dtype=kv_dtype.value)
+        placed = options.Placed.of(device_map, gpu_mem, cpu_mem)
+        found = describe(
+            model,
+            ctx=ctx,
+            device=device,
+            dtype=options.computed_in(dtype, device),
+            kv_dtype=kv_dtype.value,
+            plan=plan,
+            placed=placed,
+        )
         if json:
             output.print_json(found)
         else:
@@ -87,6 +104,10 @@ def _show(found: dict[str, Any]) -> None:
     table("\nParts", ["part", "parameters", "active", "on disk"], rows)
     if found["memory"]:
         _show_memory(found["memory"])
+    if found["plan"]:
+        from dsv4cli.plan import show_plan
+
+        show_plan(found["plan"])
 
 
 def _bytes_a_token(layer: dict[str, Any]) -> str:

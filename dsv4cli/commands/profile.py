@@ -47,7 +47,10 @@ def profile(
         bool,
         typer.Option("--random-weights", help="Time one layer of each kind with random weights, loading no model."),
     ] = False,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    device_map: options.DeviceMap = "auto",
+    gpu_mem: options.GpuMem = None,
+    cpu_mem: options.CpuMem = None,
     json: options.Json = False,
 ) -> None:
     """Show what a model costs: FLOPs, cache, rooflines, measured times.
@@ -78,10 +81,11 @@ def profile(
             ctx,
             kv_dtype.value,
             device,
-            dtype.value,
+            options.computed_in(dtype, device),
             sweep or plot is not None,
             measure,
             random_weights,
+            options.Placed.of(device_map, gpu_mem, cpu_mem),
         )
         profiling.check(wanted)
         if plot is not None:

@@ -23,9 +23,12 @@ def run(
     file: options.Files = None,
     model: options.Model = options.DEFAULT_MODEL,
     ctx: options.Ctx = None,
-    dtype: options.DtypeOption = options.Dtype.float32,
+    dtype: options.DtypeOption = options.Dtype.auto,
     kv_dtype: options.KvDtypeOption = options.KvDtype.mixed,
     device: options.Device = "cpu",
+    device_map: options.DeviceMap = "auto",
+    gpu_mem: options.GpuMem = None,
+    cpu_mem: options.CpuMem = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -60,10 +63,11 @@ def run(
 
     with reported():
         resumed = None
+        placed = options.Placed.of(device_map, gpu_mem, cpu_mem)
         if resume:
-            refuse_beside_resume(context, ["cache_dir", "cache_policy", "json"])
+            refuse_beside_resume(context, ["cache_dir", "cache_policy", "json", *options.PLACED])
             request, resumed = take_up("run")
-            engine, load_s = request.load()
+            engine, load_s = request.load(placed)
             ids, how, ctx = request.ids, request.settings(), request.ctx
         else:
             reading = files.read_paths(file or [])
@@ -72,7 +76,14 @@ def run(
             messages = [{"role": "system", "content": system}] if system else []
             messages.append({"role": "user", "content": files.message_of(prompt, reading.documents)})
 
-            engine, load_s = answering.load(model, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx)
+            engine, load_s = answering.load(
+                model,
+                device=device,
+                dtype=options.computed_in(dtype, device),
+                kv_dtype=kv_dtype,
+                ctx=ctx,
+                placed=placed,
+            )
             # A seed is always known, so that any answer can be repeated; 53 bits survive any reader of JSON.
             seed = secrets.randbits(53) if seed is None else seed
             sampling = answering.sampling(engine, temperature, top_p, min_p, seed)

@@ -66,9 +66,10 @@ def best_time(run: Callable[[], object], device: str, runs: int = _RUNS, budget_
 
 
 def now(device: str) -> float:
-    """A clock that waits for what the device has been given to do."""
+    """A clock that waits for what the device, or each of several with commas between them, has been given to do."""
     if device != "cpu":
-        torch.cuda.synchronize(torch.device(device))
+        for each in device.split(","):
+            torch.cuda.synchronize(torch.device(each))
     return time.perf_counter()
 
 

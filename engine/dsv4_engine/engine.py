@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,17 @@ from dsv4_kernels.backend import Backend, choose_backend
 
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .errors import DeviceError, InputError
+from .device_map import AUTO, Limits, chosen_map
+from .errors import DeviceError, InputError, MemoryPlanError
+from .following import LeadingModel, lead
+from .gpu.choice import with_triton
 from .locate import resolve_model
 from .model import Model
-from .placement import MemoryPlan, memory_plan
+from .offload.disk import ExpertFiles
+from .offload.store import ExpertStore
+from .part import Part
+from .placement import MemoryPlan, available_memory, memory_plan
+from .ranks import join, launched
 from .session import Progress, Session
 from .source import Source
 from .state import KV_DTYPES, KvDtype
@@ -62,23 +69,31 @@ class Engine:
         kv_dtype: str = "mixed",
         ctx: int | None = None,
         progress: Progress | None = None,
+        limits: Limits = Limits(),  # noqa: B008  # frozen
+        device_map: str | Path = AUTO,
     ) -> Engine:
         """Open the checkpoint ``path`` (a folder, an alias or a downloaded hub id).
 
-        device: cpu, cuda (torch's current one) or cuda:N; one that cannot be used is a DeviceError that says why.
+        device: cpu, cuda (torch's current one), cuda:N, or several (cuda:N,cuda:M or cuda:all), which share the layers;
+        one that cannot be used is a DeviceError that says why.
         dtype: float32 | bfloat16, compute for unquantised weights; kv_dtype: mixed | bf16 | fp32 (docs/numerics.md);
         ctx: the context to plan memory for and to hold sessions to; None holds them to what the memory allows, at
         most the model's own limit.
+        limits: of memory to use; device_map: auto | balanced | a JSON file (device_map.py): what lies where.
+        Routed experts that do not fit stay in the files, and as many as fit are held (docs/offload.md).
         progress(done, total) counts bytes of the files; half of a tensor's when it is checked, half once in place.
         Raises an InputError (with a next step) for anything wrong with the files or the arguments, and
         MemoryPlanError when the model does not fit.
+        Under torchrun this is rank 0's call: the other processes are in `following.follow` and load their shares.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}", "Choose one of these.")
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv_dtype {kv_dtype!r} is not one of {', '.join(KV_DTYPES)}", "Choose one of these.")
+        ranks = launched()
+        join(ranks)
         try:
-            backend = choose_backend(device)
+            backend = choose_backend(ranks.device(device))
         except ValueError as error:
             raise DeviceError(str(error), "Use --device cpu.") from error
         folder = resolve_model(path)
@@ -89,13 +104,35 @@ class Engine:
                 "Give a context within that range.",
             )
         weights = Weights.open(Checkpoint.open(folder), config, values=False)
+        ranks.check(config, quantised=weights.forms["layers.0.attn.wo_b.weight"] != "plain")
         planned = ctx or min(config.max_position_embeddings, DEFAULT_PLAN_CTX)
-        plan = memory_plan(config, weights, str(backend.device), dtype, kv_dtype, planned)
+        if ranks.count == 1:
+            backend = with_triton(backend, config, weights.forms, dtype, kv_dtype)
         seen = _counter(progress, weights.total_bytes)
-        weights.check_values(seen)  # after the plan: reading gigabytes of scales should not delay a "does not fit"
-        source = Source(weights, DTYPES[dtype], plan.expand, seen=seen, device=backend.device)
         kv: KvDtype = kv_dtype  # type: ignore[assignment]  # checked above
-        model = Model(source, config, kv)
+        # Values are checked after the plan: reading gigabytes of scales should not delay a "does not fit".
+        if backend.name == "triton":
+            from .gpu.model import gpu_model  # needs triton, as nothing before does
+
+            model, plan = gpu_model(weights, config, backend, planned, seen, limits, device_map)
+        else:
+            where = chosen_map(device_map, config, [str(backend.device)])
+            held = weights if ranks.count == 1 else Part(weights, config, ranks)
+            if limits.cpu is None and ranks.beside > 1:  # the processes of one machine share its memory
+                limits = replace(limits, cpu=available_memory() // ranks.beside)
+            plan = memory_plan(config, held, str(backend.device), dtype, kv_dtype, planned, limits, where)
+            if plan.slots and ranks.count > 1:
+                raise MemoryPlanError("several processes hold all experts, which do not fit here", "Use more machines.")
+            if ranks.leads:  # only now, so that what is wrong with the files or the arguments is said once
+                lead(ranks, path=path, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx, limits=limits)
+            weights.check_values(seen, apart=plan.device_map.apart())
+            store = None
+            if plan.slots:
+                store = ExpertStore(ExpertFiles(weights), config, plan.slots, plan.device_map.apart())
+            source = Source(
+                weights, DTYPES[dtype], plan.expand, seen=seen, device=backend.device, ranks=ranks, store=store
+            )
+            model = LeadingModel(source, config, kv) if ranks.leads else Model(source, config, kv)
         return cls(
             model=model,
             weights=weights,
@@ -112,7 +149,7 @@ class Engine:
 
     @property
     def device(self) -> str:
-        return str(self.backend.device)
+        return str(self.backend)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -127,7 +164,7 @@ class Engine:
 
     @cached_property
     def _step(self) -> TokenStep | None:
-        small = self.plan.expand and self.plan.weights < SMALL_WEIGHTS
+        small = self.plan.expand and self.plan.weights < SMALL_WEIGHTS and self.model.ranks.count == 1
         return TokenStep(self.model) if small and TokenStep.possible(self.model) else None
 
 

@@ -2,16 +2,17 @@
 
 Owns the stopwatch that is put around the layers' methods from outside while something is timed (the model knows
 nothing of it), the timed prefill and decode, and the line through measured cache sizes.  Synchronises with a GPU at
-every part, so parts are timed in a run of their own there and whole steps without them.
+every part, so parts are timed in a run of their own there and whole steps without them; the GPU's own kernels are timed
+by torch's profiler instead (gpu/breakdown.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -127,7 +128,7 @@ def measure(
         raise InputError(f"{ctx} tokens are too few to measure", f"Use a context of at least {MIN_CTX:,} tokens.")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(engine.config.vocab_size, (ctx + SPARE_TOKENS,), generator=generator).tolist()
-    session, clock = engine.session(), Stopwatch(engine.device)
+    session, clock = engine.session(), _clock(engine)
     lengths = [ctx * quarter // 4 // 128 * 128 for quarter in (1, 2, 3, 4)]
     held: list[int] = []
     allocated: list[int] = []
@@ -152,7 +153,7 @@ def measure(
     rest = iter(ids[ctx:])
     session.extend([next(rest)])
     plain = _steps(session, rest, engine.device)
-    clock = Stopwatch(engine.device)
+    clock = _clock(engine)
     with clock.watching():
         watched = _steps(session, rest, engine.device)
     found = decode_costs(config, session.position, kv_dtype=engine.kv_dtype, held=forms)
@@ -160,6 +161,22 @@ def measure(
     decode = _phase(1, session.position, median(plain), seconds, found, device, engine.config, whole)
     fit = fit_cache(engine.config, engine.kv_dtype, lengths, held, allocated)
     return Measurement(prefill, decode, fit, scaled=whole is not None)
+
+
+def _clock(engine: Engine) -> Clock:
+    if engine.backend.name != "triton":
+        return Stopwatch(engine.device)
+    from dsv4_engine.gpu.breakdown import KernelClock  # needs triton
+
+    return KernelClock(engine.model)
+
+
+class Clock(Protocol):
+    """seconds: by (part, kind of layer), of all that ran while `watching` lasted."""
+
+    seconds: dict[tuple[str, str], float]
+
+    def watching(self) -> AbstractContextManager[None]: ...
 
 
 def _steps(session: Session, ids: Iterator[int], device: str) -> list[float]:

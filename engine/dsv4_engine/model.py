@@ -6,6 +6,8 @@ Letters: S tokens, J residual streams, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,18 +79,27 @@ class MtpBlock:
 
 
 class Model:
-    """All layers.  ``forward`` advances a state by one chunk and returns the streams; ``logits`` reads them."""
+    """All layers.  ``forward`` advances a state by one chunk and returns the streams; ``logits`` reads them.
+
+    row_invariant: a token's results have the same bits whatever other tokens are computed beside it.
+    """
+
+    row_invariant = False
 
     def __init__(self, source: Source, config: ModelConfig, kv_dtype: KvDtype) -> None:
         self.config, self.kv_dtype, self.dtype, self.device = config, kv_dtype, source.dtype, source.device
+        self.ranks = source.ranks
         self.embed = source.raw("embed.weight")
         self.output = source.linear("head", float32=True)
         self.blocks = [
             Block(source.under(f"layers.{i}"), config, ratio, i < config.num_hash_layers, kv_dtype)
             for i, ratio in enumerate(config.compress_ratios)
         ]
+        for block, following in pairwise(self.blocks):
+            block.ffn.following = following.ffn
         self.head = StreamsHead(source, config)
-        self.mtp = MtpBlock(source.under("mtp.0"), config, kv_dtype) if source.weights.has_mtp else None
+        alone = self.ranks.count == 1  # several processes leave the MTP block out: nothing drafts with it there
+        self.mtp = MtpBlock(source.under("mtp.0"), config, kv_dtype) if source.weights.has_mtp and alone else None
         compress = compress_frequencies(config).to(self.device)
         self.freqs = {0: window_frequencies(config).to(self.device), 4: compress, 128: compress}
 
@@ -97,6 +108,14 @@ class Model:
         return SequenceState(
             [new_layer_state(self.config, ratio, self.kv_dtype, self.device) for ratio in self.config.compress_ratios]
         )
+
+    def blank_state(self) -> SequenceState:
+        """A state before the first token that is built up from outside; `adopted` makes it one of this model's."""
+        return self.new_state()
+
+    def adopted(self, state: SequenceState) -> SequenceState:
+        """A state that was built outside, on a multiple of 128 tokens, as this model continues it."""
+        return state
 
     def new_mtp_state(self) -> LayerState:
         """The MTP block's own state before the first token."""
@@ -109,6 +128,8 @@ class Model:
         The ids may lie on the host; on a GPU this returns before the work is done (see `wait`).
         """
         token_ids_S = token_ids_S.to(self.device)
+        for block in self.blocks:
+            block.ffn.expect(token_ids_S)
         chunk = self._chunk(token_ids_S, state.position)
         x_SJD = self._embedded(token_ids_S)[:, None].expand(-1, self.config.hc_mult, -1)
         for block, layer in zip(self.blocks, state.layers, strict=True):
@@ -131,8 +152,8 @@ class Model:
         chunk = self._chunk(next_ids_S, position)
         return self._project(self.mtp.forward(self._embedded(next_ids_S), x_SJD, chunk, state))
 
-    def wait(self) -> None:
-        """Return once all work handed to the device so far is done."""
+    def wait(self, last: bool = True) -> None:
+        """Return once all work handed to the device so far is done.  last: no other chunk follows at once."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

@@ -99,7 +99,8 @@ class Session:
             elif logits == "last" and done == len(ids):
                 parts.append(self._logits(streams[-1:])[0])
             else:
-                self._model.wait()  # so that progress, times and Ctrl-C follow the work and not its queue
+                # So progress, times and Ctrl-C follow the work and not its queue (by a chunk, until the last).
+                self._model.wait(done == len(ids))
             if progress is not None:
                 progress(done, len(ids))
         if logits == "none":
@@ -132,7 +133,7 @@ class Session:
         Slower, and alike up to float32 rounding.
         """
         fork = self.fork()
-        fork._step = None
+        fork._step, fork._state.watched = None, True
         return fork
 
     def fork_whole(self) -> Session:

@@ -140,6 +140,10 @@ class Rows:
         """Rows [start, end) as they are stored, in order, in tensors [n, ...] that must not be written to."""
         return [part for _, part in self._slices(start, end)]
 
+    def held(self) -> list[Tensor]:
+        """All rows as they are stored, with those `known` behind the last one."""
+        return [part for _, part in self._slices(0, self._count + self._ahead)]
+
     def gather(self, index: Tensor) -> Tensor:
         """Rows at ``index`` (int64 [N], rising) as float32 [N, C]."""
         slices = self._slices(0, self._count)
@@ -229,21 +233,30 @@ class LayerState:
         return self.window.nbytes + sum(t.nbytes for t in tensors) + sum(r.nbytes for r in rows)
 
 
+class Version:
+    """What a state holds, by number, where several processes keep the same states (following.py)."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 @dataclass
 class SequenceState:
-    """All layers' states after ``position`` tokens."""
+    """All layers' states after ``position`` tokens.  version: None unless other processes hold the same state."""
 
     layers: list[LayerState]
     position: int = 0
+    version: Version | None = None
+    watched: bool = False  # the layers are watched from outside: only the GPU's engine has another way to run them
     _saved: SequenceState | None = field(default=None, repr=False)
 
     def mark(self) -> SequenceState:
         """See LayerState.mark."""
-        return SequenceState([layer.mark() for layer in self.layers], self.position)
+        return SequenceState([layer.mark() for layer in self.layers], self.position, self.version)
 
     def fork(self) -> SequenceState:
         """See LayerState.fork."""
-        return SequenceState([layer.fork() for layer in self.layers], self.position)
+        return SequenceState([layer.fork() for layer in self.layers], self.position, self.version)
 
     @property
     def nbytes(self) -> int:
@@ -256,7 +269,8 @@ class SequenceState:
     def restore(self) -> None:
         """Back to the last `save`."""
         assert self._saved is not None
-        self.layers, self.position, self._saved = self._saved.layers, self._saved.position, None
+        self.layers, self.position, self.version = self._saved.layers, self._saved.position, self._saved.version
+        self._saved = None
 
 
 def row_formats(config: ModelConfig, kv_dtype: KvDtype) -> tuple[RowFormat, RowFormat]:

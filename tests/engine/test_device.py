@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dsv4_engine import Engine
+from dsv4_engine.device_map import everything_on
 from dsv4_engine.errors import DeviceError
-from dsv4_engine.placement import GPU_SHARE, available_memory, memory_plan, working_bytes_per_token
+from dsv4_engine.placement import GPU_SHARE, available_memory, gpu_bytes_per_token, memory_plan
 from dsv4_kernels.tiling import GPU
 from support.random_checkpoint import make_checkpoint
 
@@ -93,7 +94,7 @@ def plan(folder: Path, monkeypatch: pytest.MonkeyPatch, size: int, ctx: int, dev
 def test_a_gpu_plan_counts_tiles_activations_and_unpacked_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = plan(folder, monkeypatch, 8 * GIB, 4096)
     long = plan(folder, monkeypatch, 8 * GIB, 65_536)
-    head_dim, per_token = 96, working_bytes_per_token(Engine.load(folder).config)
+    head_dim, per_token = 96, gpu_bytes_per_token(Engine.load(folder).config)
     assert long.working_set - short.working_set == (65_536 - 4096) // 4 * head_dim * 4
     assert short.working_set == GPU.working_set + 8192 * per_token + 4096 // 4 * head_dim * 4
     assert short.needed == short.weights + short.kv + short.working_set
@@ -102,7 +103,7 @@ def test_a_gpu_plan_counts_tiles_activations_and_unpacked_rows(folder: Path, mon
 def test_a_small_gpu_takes_smaller_chunks_of_a_wide_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(folder, monkeypatch, 6 * GIB, 4096).chunk == 8192
     assert plan(folder, monkeypatch, 6 * GIB, 4096, "cpu").chunk == 512
-    monkeypatch.setattr("dsv4_engine.placement.working_bytes_per_token", lambda config: 1 << 20)
+    monkeypatch.setattr("dsv4_engine.placement.gpu_bytes_per_token", lambda config: 1 << 20)
     assert plan(folder, monkeypatch, 6 * GIB, 4096).chunk == 512
     assert plan(folder, monkeypatch, 96 * GIB, 4096).chunk == 8192
 
@@ -121,3 +122,11 @@ def test_free_gpu_memory_counts_what_this_process_keeps(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 3 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 1 * GIB)
     assert available_memory("cuda") == available_memory("cuda:0") == int(GPU_SHARE * 12 * GIB)
+
+
+def test_experts_apart_need_the_triton_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Engine.load(folder).weights
+    monkeypatch.setattr("dsv4_engine.placement.available_memory", lambda device: 8 * GIB)
+    where = everything_on("cuda:0", weights.config.num_hidden_layers, "cpu")
+    with pytest.raises(DeviceError, match="Triton"):
+        memory_plan(weights.config, weights, "cuda:0", device_map=where)

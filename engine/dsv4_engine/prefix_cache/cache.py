@@ -85,8 +85,12 @@ class PrefixCache:
     def replays(self) -> bool:
         """Whether windows may be found again from rows (policy.py): whether, on this machine, the experts' products
         round a token's row alike whatever other tokens stand beside it.  It is what kernels/dsv4_kernels/moe.py is
-        built for; libraries promise it nowhere, so it is tried.
+        built for; libraries promise it nowhere, so it is tried, unless the model says so itself.
         """
+        if self.engine.model.row_invariant:
+            return True
+        if self.engine.model.ranks.count > 1:  # the others are not asked to try
+            return False
         config, layer = self.engine.config, self.engine.model.blocks[-1].ffn
         seed = torch.Generator().manual_seed(0)
         u_SD = torch.randn(2 * self.grid.chunk, config.hidden_size, generator=seed)
@@ -126,6 +130,7 @@ class PrefixCache:
                 except PayloadError:
                     raise _Unusable(link.end, "rows") from None
         room.give(state, start.position)
+        state = self.engine.model.adopted(state)
         session = self.engine.session().holding(prompt.ids[: start.computed], state)
         if start.replays:
             session.extend(prompt.ids[start.computed : start.position], logits="none", progress=progress)

@@ -54,7 +54,7 @@ class StateCodec:
         The shapes are those of the real state, and all values finite: what is computed from it has the same shapes at
         every step, which is what makes equal bits possible where the zeros no longer matter.
         """
-        state, config = self._model.new_state(), self._config
+        state, config = self._model.blank_state(), self._config
         state.position = position
         for layer, ratio in self._layers(state):
             layer.window = layer.window.new_zeros(min(position, config.sliding_window - 1), config.head_dim)
@@ -86,7 +86,7 @@ class StateCodec:
     def room(self, tokens: int) -> KnownRows:
         """Room for the rows of ``tokens`` tokens, a multiple of 128."""
         assert tokens % ALIGNED == 0
-        empty = self._model.new_state()
+        empty = self._model.blank_state()
         return KnownRows(
             [[_like(rows.fmt, tokens // ratio) for rows in _lists(layer)] for layer, ratio in self._layers(empty)],
             self._config.compress_ratios,

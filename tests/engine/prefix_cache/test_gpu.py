@@ -38,3 +38,24 @@ def test_cached_is_uncached_on_a_gpu(folder: Path, name: str, kv_dtype: str) -> 
         assert torch.equal(session.extend(more, logits="all"), plain.extend(more, logits="all"))
     assert cache.replays, "no replay on this device: `zero` reuses nothing"
     assert cache.start(ids)[1].tokens >= 512
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_cached_is_uncached_on_the_triton_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In segments of two chunks of 512, over the bundled model, whose windows take 768 tokens to find again."""
+    monkeypatch.setattr("dsv4_engine.prefix_cache.policy.SEGMENT_TOKENS", 1024)
+    rng = random.Random(name)
+    engine = replace(Engine.load("tiny", device="cuda", dtype="bfloat16"), chunk=512)
+    assert engine.backend.name == "triton", engine.backend.why
+    store, ids = MemoryStore(), rng.choices(range(engine.config.vocab_size), k=5000)
+    for edit in (None, None, 4700, 3000, 600):
+        if edit is not None:
+            ids = [*ids[:edit], (ids[edit] + 1) % engine.config.vocab_size, *ids[edit + 1 :]]
+        plain, cache = engine.session(), PrefixCache(store, engine, Policy(name, 2048))
+        session, _ = cache.start(ids)
+        assert torch.equal(feed(session, ids), feed(plain, ids))
+        assert_same_state(session.state, plain.state)
+        for token in rng.choices(range(engine.config.vocab_size), k=20):
+            assert torch.equal(session.extend([token]), plain.extend([token]))
+    assert cache.replays
+    assert cache.start(ids)[1].tokens >= 2048
