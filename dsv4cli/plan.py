@@ -156,7 +156,7 @@ def show_plan(found: dict[str, Any]) -> None:
     if expected["expert_copy_s"]:
         copy, cpu = expected["expert_copy_s"], expected["expert_cpu_s"]
         better = "copied" if copy <= cpu else "copied all the same"
-        times = f"{1e3 * copy:.2g} ms over the link; this CPU takes {1e3 * cpu:.2g} ms"
+        times = f"{1e3 * copy:,.2f} ms over the link; this CPU takes {1e3 * cpu:,.0f} ms"
         lines.append(["a missed expert", better, times])
     table("\nExpected at best", ["", "", ""], lines)
     for line in [*expected["sources"], *found["advice"]]:

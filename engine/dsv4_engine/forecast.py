@@ -63,7 +63,7 @@ def rates_for(plan: MemoryPlan, weights: Weights | None) -> Rates:
     if plan.device != "cpu":
         name = _card(plan.rooms[plan.device.split(",")[0]])
         gpu, link = DEVICES[name], LINKS[name]
-        sources.append(f"GPU: {gpu.source}; link {link / 1e9:.0f} GB/s")
+        sources.append(f"GPU: rates of {gpu.name} ({gpu.source}); link {link / 1e9:.0f} GB/s")
     disk = DISK
     if plan.slots and any(row.place == "disk" for row in plan.rows):
         measured = _disk_rate(weights) if weights is not None else None
