@@ -6,6 +6,7 @@ python -m pytest -m slow tests/engine/offload/test_peak.py
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,7 +37,11 @@ print(json.dumps({"peak": peak, "planned": engine.plan.total("cpu"), "slots": en
 
 def measured(folder: Path, limit: int, ctx: int) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(folder), str(limit), str(ctx)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", RUN, str(folder), str(limit), str(ctx)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found: dict[str, int] = json.loads(done.stdout)
     return found
