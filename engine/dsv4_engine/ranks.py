@@ -95,7 +95,7 @@ def _speaks_cpu() -> bool:
 def launched() -> Ranks:
     """What torchrun says in the environment: ALONE outside it.  Imports and connects nothing."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if count == 1 or "RANK" not in os.environ:  # cluster managers set the one without the other
         return ALONE
     return Ranks(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

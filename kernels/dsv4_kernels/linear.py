@@ -18,12 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rounding import e4m3_to_float32, round_fp8
-from .unpacked import unpacked_linear
+from .unpacked import E2M1_VALUES, FP4_BLOCK, FP8_BLOCK, unpacked_linear
 
 ACTIVATION_BLOCK = 128
-FP8_BLOCK = 128
-FP4_BLOCK = 32
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @lru_cache(maxsize=8)

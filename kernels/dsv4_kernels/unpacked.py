@@ -19,7 +19,7 @@ from torch import Tensor
 TILE_BYTES = 4 << 20  # of float32 and thread; measured best of 1 to 8 MiB (docs/performance.md)
 MAX_THREADS = 16
 FP8_BLOCK, FP4_BLOCK = 128, 32
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def unpacked_bytes(columns: int, threads: int) -> int:
@@ -105,8 +105,8 @@ def _cached_table(make: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
 @_cached_table
 def _pairs() -> np.ndarray:
     """The two values of each byte of FP4 codes, low nibble first, as one 64-bit number: uint64 [256]."""
-    values = [*_E2M1, *(-v for v in _E2M1)]
-    return np.array([(values[b & 15], values[b >> 4]) for b in range(256)], np.float32).view(np.uint64).reshape(256)
+    pairs = [(E2M1_VALUES[b & 15], E2M1_VALUES[b >> 4]) for b in range(256)]
+    return np.array(pairs, np.float32).view(np.uint64).reshape(256)
 
 
 @_cached_table

@@ -12,7 +12,7 @@ from dsv4_engine import Engine
 from dsv4_engine.errors import DeviceError
 from dsv4_engine.model import Model
 from dsv4_engine.part import Part
-from dsv4_engine.ranks import Ranks
+from dsv4_engine.ranks import ALONE, Ranks, launched
 from dsv4_engine.source import Source
 from support.random_checkpoint import make_checkpoint, small_config
 
@@ -122,3 +122,12 @@ def test_shares_cover_everything_once() -> None:
     for total, step, count in ((256, 1, 3), (2048, 128, 4), (128, 128, 2), (6, 2, 5)):
         shares = [Ranks(rank, count).share(total, step) for rank in range(count)]
         assert [i for start, end in shares for i in range(start, end)] == list(range(total))
+
+
+def test_half_an_environment_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched() == ALONE
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launched() == Ranks(2, 4, 2)

@@ -124,7 +124,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Routing:
-    """Balance of the experts, and what is done about a spike of the loss (routing.py)."""
+    """Balance of the experts, and what is done about a spike of the loss (guard.py)."""
 
     bias_rate: float = 0.001
     balance: float = 1e-4
