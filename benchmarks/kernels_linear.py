@@ -34,6 +34,7 @@ FP8_SHAPES = {
 }
 WO_A = (8192, 4096)
 PLAIN = (2624, 4096)  # compressors and the indexer's weights of a CSA layer
+PLAIN_SHAPES = {"compressor": PLAIN, "HCA compressor": (1024, 4096), "router": (256, 4096)}
 HEAD = (129_280, 4096)
 PREFILL = 8192
 
@@ -138,21 +139,11 @@ def few(tokens: int) -> list[Row]:
     rows.append(
         measure("wo_a", text, weights, partial(grouped_linear, o_in), out, want, weights[0].nbytes, COPY_CEILING)
     )
-    plain, y = copies(partial(bf16, *PLAIN)), bf16(tokens, PLAIN[1])
-    out = torch.empty(tokens, PLAIN[0], device="cuda")
-    text = f"{shape}, bf16 {PLAIN[0]} x {PLAIN[1]}"
-    rows.append(
-        measure(
-            "compressor",
-            text,
-            plain,
-            partial(plain_linear, y),
-            out,
-            sampled(y, plain[0]),
-            plain[0].nbytes,
-            COPY_CEILING,
-        )
-    )
+    for what, (o, i) in PLAIN_SHAPES.items():
+        plain, y = copies(partial(bf16, o, i)), bf16(tokens, i)
+        out = torch.empty(tokens, o, device="cuda")
+        text, want = f"{shape}, bf16 {o} x {i}", sampled(y, plain[0])
+        rows.append(measure(what, text, plain, partial(plain_linear, y), out, want, plain[0].nbytes, COPY_CEILING))
     return rows
 
 

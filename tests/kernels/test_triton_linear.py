@@ -153,6 +153,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 from dsv4_kernels.triton.linear_few import linear_few, widened_few
 from dsv4_kernels.triton.linear_many import linear_many
+from dsv4_kernels.triton.linear_one import linear_one
 
 def tiles(kind, bits, *shape):
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(shape))
@@ -181,15 +182,26 @@ compile(linear_few, 128, dict(STAGES=4, FP8=False),
         dict(x_desc=bf16(4, 8, 64), w_desc=bf16(4, 32, 64), out_ptr="*fp32"))
 compile(widened_few, 128, dict(STAGES=4),
         dict(x_desc=bf16(4, 16, 64), w_desc=fp8(2, 64, 128), out_ptr="*bf16"))
+compile(linear_one, None, dict(STAGES=2, PARTS=1, KIND="fp8"),
+        dict(x_desc=fp8(1, 64, 1, 128), w_desc=fp8(1, 32, 8, 128), out_ptr="*bf16"))
+compile(linear_one, None, dict(STAGES=1, PARTS=1, KIND="rounding"),
+        dict(x_desc=bf16(2, 64, 1, 64), w_desc=fp8(1, 64, 4, 128), out_ptr="*bf16"))
+compile(linear_one, None, dict(STAGES=1, PARTS=3, KIND="bf16"),
+        dict(x_desc=bf16(2, 32, 4, 64), w_desc=bf16(2, 32, 4, 64), out_ptr="*fp32"))
+compile(linear_one, None, dict(STAGES=1, PARTS=1, KIND="widened"),
+        dict(x_desc=bf16(2, 32, 1, 64), w_desc=fp8(1, 32, 8, 128), out_ptr="*bf16"))
 """
 
 FLASH_FP8 = [(1536, 4096), (40960, 1024), (4096, 8192), (4096, 2048), (320, 384)]
 
 
+SLICES = ((0, 1), (77, 78), (999, 1000), (5, 7), (20, 23), (3, 66), (9, 49), (30, 37), (100, 300))
+
+
 def hold_alike(product: Callable[[slice], Tensor], portable: Callable[[slice], Tensor], tokens: int) -> Tensor:
     """One token, a few, many: the same bits as among all, and as the portable kernel's; returns all."""
     want = product(slice(0, tokens))
-    for first, last in ((0, 1), (77, 78), (tokens - 1, tokens), (3, 66), (9, 49), (100, 300), (0, tokens)):
+    for first, last in (*SLICES, (0, tokens)):
         assert torch.equal(product(slice(first, last)), want[first:last]), (first, last)
     assert torch.equal(portable(slice(60, 190)), want[60:190])
     return want
@@ -276,7 +288,7 @@ def test_kernels_wait_for_what_they_read_and_repeat_in_a_graph() -> None:
         for matrix in w:
             y = fp8_linear(y, matrix)
             y = y / y.float().std()
-            z = grouped_linear(y.to(BF16).expand(8, -1).reshape(1, 8, 4096), g)
+            z = grouped_linear(y.to(BF16).repeat(1, 8).view(1, 8, 4096), g)
             y = (y + z[:, :4096] / 1000).to(BF16)
         return y
 

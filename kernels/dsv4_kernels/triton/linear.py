@@ -1,11 +1,11 @@
 """Linear layers on the GPU over weights as the checkpoint holds them: FP8 with FP8 or bf16 activations, and bf16.
 
-The functions choose between the Gluon kernels for compute capability 9.0 (linear_many.py, linear_few.py) and the
-portable kernel of this file.  Reference: dsv4_kernels.linear.
+The functions choose between the Gluon kernels for compute capability 9.0 (linear_many.py, linear_few.py, linear_one.py)
+and the portable kernel of this file.  Reference: dsv4_kernels.linear.
 
-One reduction plan: FP8 products sum 128 inputs from nothing in the tensor cores (about 14 bits), times both scales, and
-add that in float32; bf16 products sum all inputs in the tensor cores; both in the inputs' order.  Tiles, the number of
-tokens and what is the first operand change no bit of a result, so nor do chunks or neighbours.
+One reduction plan: the tensor cores sum every 128 inputs from nothing (FP8 to about 14 bits), and these sums, in FP8
+times both scales, are added in float32 in the inputs' order.  Tiles, the number of tokens, what is the first operand
+and who sums which 128 change no bit of a result, so nor do chunks or neighbours.
 Letters: S tokens, O outputs, I inputs, G groups, P parts.
 """
 
@@ -23,7 +23,9 @@ from torch import Tensor
 from .rounded import INTERPRETED, ROUND_BLOCK, Rounded, round_activations
 
 BLOCK = ROUND_BLOCK  # inputs, and rows of an FP8 weight, that share a scale
-FEW = 64  # tokens of linear_few.py's kernels: rows of the tensor cores' first operand
+ONE, FEW = 4, 64  # tokens of linear_one.py's and linear_few.py's kernels
+LONG = 16  # blocks of a row from which linear_one.py is faster
+ROUNDED_BY_ALL = 1  # tokens that every program of a product rounds for itself, which is faster than a kernel before it
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,13 @@ def fp8_linear(
     x: Rounded [S, I], or bfloat16 or float32 [S, I], which is rounded first.  Raises ValueError for other shapes,
     dtypes and strides.
     """
+    if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and 0 < x.shape[0] <= ROUNDED_BY_ALL and _hopper(x.device):
+        from .linear_one import multiply_one
+
+        _contiguous(("activations", x))
+        out = _checked(x, w.data, w.shape[0], out, dtype)
+        if multiply_one(x, w.data, out, None, w.scale, rounding=True):
+            return out
     rounded = x if isinstance(x, Rounded) else round_activations(x)
     _contiguous(("activations", rounded.data), ("their scales", rounded.scale))
     out = _checked(rounded.data, w.data, w.shape[0], out, dtype)
@@ -201,6 +210,11 @@ def _product(
         return out
     if _hopper(x.device):
         widen, blocks = w_scale is not None and x_scale is None, w.shape[1] // BLOCK
+        if tokens <= ONE and blocks >= LONG:
+            from .linear_one import multiply_one
+
+            if multiply_one(x, w, out, x_scale, w_scale, parts, groups):
+                return out
         if tokens <= FEW and not (widen and groups > 1 and blocks % 2):
             from .linear_few import multiply_few
 
@@ -285,7 +299,8 @@ def _linear(
                 w_tile = (w_tile.to(tl.float32) * _power(tl.load(ws + block))).to(tl.bfloat16)
             if INTERPRETED:  # which has no products of bfloat16
                 x_tile, w_tile = x_tile.to(tl.float32), w_tile.to(tl.float32)
-            acc = tl.dot(x_tile, tl.trans(w_tile), acc)
+            # A limit that binds nobody, but keeps the compiler from summing all inputs in the tensor cores.
+            acc += tl.dot(x_tile, tl.trans(w_tile), max_num_imprecise_acc=128)
     place = out_ptr + s.to(tl.int64)[:, None] * outputs + o[None, :]
     tl.store(place, acc.to(out_ptr.dtype.element_ty), mask=shown & (o < outputs)[None, :])
 

@@ -1,8 +1,9 @@
 """Products for up to 64 tokens on compute capability 9.0, in Gluon: weights are streamed by one warp, four multiply.
 
-`linear_few` is for FP8 and for bf16, `widened_few` for FP8 weights and bf16 activations.  Bits: see linear_many.py.
+`linear_few` is for FP8 and for bf16, `widened_few` for FP8 weights and bf16 activations.  One token or a few go through
+linear_one.py instead, unless rows are short.  Bits: see linear_many.py.  Knows nothing of the dispatch.
 Kernels may start while the one in front still runs (programmatic dependent launch): they fetch weights until it has
-finished, and only then read activations or write.  Knows nothing of the dispatch.
+finished, and only then read activations or write.
 Letters: S tokens, O outputs, K inputs, in blocks of 128 bytes, which is 128 inputs in FP8 and 64 in bf16.
 """
 
@@ -129,14 +130,17 @@ def _plus(acc, d, scale):
 
 
 @gluon.jit
-def _part(x, w, d, part: gl.constexpr):
-    """32 of a block's 128 inputs: the first of them replace d, the others are added."""
-    w_part = w.slice(32 * part, 32, dim=1).permute((1, 0))
-    return warpgroup_mma(x.slice(32 * part, 32, dim=1), w_part, d, use_acc=part > 0, is_async=True)
+def _part(x, w, d, part: gl.constexpr, FIRST: gl.constexpr = True):
+    """A quarter of a block's inputs: the first quarter of a FIRST block replaces d, the others are added."""
+    QUARTER: gl.constexpr = x.shape[1] // 4
+    w_part = w.slice(QUARTER * part, QUARTER, dim=1).permute((1, 0))
+    return warpgroup_mma(
+        x.slice(QUARTER * part, QUARTER, dim=1), w_part, d, use_acc=part > 0 or not FIRST, is_async=True
+    )
 
 
 @gluon.jit
-def _multiply_few_fp8(
+def _multiply_few(
     out_ptr,
     xs_ptr,
     ws_ptr,
@@ -152,12 +156,13 @@ def _multiply_few_fp8(
     STAGES: gl.constexpr,
     ROWS: gl.constexpr,
     O_TILE: gl.constexpr,
+    FP8: gl.constexpr,
 ):
-    """Four blocks of 128 inputs a step, their products by turns, because each waits for the one before in its sum.
+    """Four blocks of 128 bytes a step, their products by turns, because each waits for the one before in its sum.
 
     Scales are loaded a step ahead.
     """
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, O_TILE, 32])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, O_TILE, 32 if FP8 else 16])
     gdc_wait()
     xs = xs_ptr + gl.minimum(gl.arange(0, 64, gl.SliceLayout(1, SUMS)), tokens - 1) * blocks
     d0 = gl.zeros([64, O_TILE], gl.float32, SUMS)
@@ -168,61 +173,38 @@ def _multiply_few_fp8(
     for tile in range(gl.program_id(0), o_tiles, gl.num_programs(0)):
         ws = ws_ptr + tile * O_TILE // 128 * blocks
         acc = gl.zeros([64, O_TILE], gl.float32, SUMS)
-        x0, x1, x2, x3, w0, w1, w2, w3 = _scales(xs, ws, 0, blocks - 1)
+        if FP8:
+            x0, x1, x2, x3, w0, w1, w2, w3 = _scales(xs, ws, 0, blocks - 1)
         for step in range(steps):
             mbarrier.wait(full.index(stage), phase)
             t0, t1 = _rows(x_s, stage, 0, 4, ROWS, 64), _rows(x_s, stage, 1, 4, ROWS, 64)
             t2, t3 = _rows(x_s, stage, 2, 4, ROWS, 64), _rows(x_s, stage, 3, 4, ROWS, 64)
             v0, v1 = _weights(w_s, stage, 0, 4, O_TILE), _weights(w_s, stage, 1, 4, O_TILE)
             v2, v3 = _weights(w_s, stage, 2, 4, O_TILE), _weights(w_s, stage, 3, 4, O_TILE)
-            for part in gl.static_range(4):
-                d0 = _part(t0, v0, d0, part)
-                d1 = _part(t1, v1, d1, part)
-                d2 = _part(t2, v2, d2, part)
-                d3 = _part(t3, v3, d3, part)
-            s0, s1, s2, s3 = x0 * power(w0), x1 * power(w1), x2 * power(w2), x3 * power(w3)
-            x0, x1, x2, x3, w0, w1, w2, w3 = _scales(xs, ws, step * 4 + 4, blocks - 1)
-            d0, d1, d2, d3 = warpgroup_mma_wait(0, [d0, d1, d2, d3])
-            mbarrier.arrive(empty.index(stage), count=1)
-            acc = _plus(_plus(_plus(_plus(acc, d0, s0), d1, s1), d2, s2), d3, s3)
+            if FP8:
+                for part in gl.static_range(4):
+                    d0 = _part(t0, v0, d0, part)
+                    d1 = _part(t1, v1, d1, part)
+                    d2 = _part(t2, v2, d2, part)
+                    d3 = _part(t3, v3, d3, part)
+                s0, s1, s2, s3 = x0 * power(w0), x1 * power(w1), x2 * power(w2), x3 * power(w3)
+                x0, x1, x2, x3, w0, w1, w2, w3 = _scales(xs, ws, step * 4 + 4, blocks - 1)
+                d0, d1, d2, d3 = warpgroup_mma_wait(0, [d0, d1, d2, d3])
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc = _plus(_plus(_plus(_plus(acc, d0, s0), d1, s1), d2, s2), d3, s3)
+            else:
+                for part in gl.static_range(4):
+                    d0 = _part(t0, v0, d0, part)
+                    d1 = _part(t2, v2, d1, part)
+                for part in gl.static_range(4):
+                    d0 = _part(t1, v1, d0, part, False)
+                    d1 = _part(t3, v3, d1, part, False)
+                d0, d1 = warpgroup_mma_wait(0, [d0, d1])
+                mbarrier.arrive(empty.index(stage), count=1)
+                acc = acc + d0 + d1
             stage += 1
             phase = gl.where(stage == STAGES, phase ^ 1, phase)
             stage = gl.where(stage == STAGES, 0, stage)
-        _save_few(out_ptr, acc, tile, tokens, outputs, O_TILE)
-
-
-@gluon.jit
-def _multiply_few_bf16(
-    out_ptr,
-    x_s,
-    w_s,
-    full,
-    empty,
-    tokens,
-    outputs,
-    o_tiles,
-    steps,
-    STAGES: gl.constexpr,
-    ROWS: gl.constexpr,
-    O_TILE: gl.constexpr,
-):
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, O_TILE, 16])
-    gdc_wait()
-    stage, phase = 0, 0
-    for tile in range(gl.program_id(0), o_tiles, gl.num_programs(0)):
-        acc = gl.zeros([64, O_TILE], gl.float32, SUMS)
-        for step in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            for block in gl.static_range(4):
-                x, w = _rows(x_s, stage, block, 4, ROWS, 64), _weights(w_s, stage, block, 4, O_TILE)
-                acc = warpgroup_mma(x, w.permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(4, [acc])  # the stage before has been read
-            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES, stage) - 1), count=1, pred=step > 0)
-            stage += 1
-            phase = gl.where(stage == STAGES, phase ^ 1, phase)
-            stage = gl.where(stage == STAGES, 0, stage)
-        acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES, stage) - 1), count=1)
         _save_few(out_ptr, acc, tile, tokens, outputs, O_TILE)
 
 
@@ -256,28 +238,16 @@ def linear_few(
     w_s = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 4, O_TILE, WIDTH], w_desc.layout)
     full, empty = barriers(STAGES, 1)
     # fmt: off
-    if FP8:
-        gl.warp_specialize(
-            [
-                (_multiply_few_fp8, (out_ptr, xs_ptr, ws_ptr, x_s, w_s, full, empty, tokens, outputs, o_tiles, per_part,
-                                     blocks, STAGES, ROWS, O_TILE)),
-                (_copy_few, (x_desc, w_desc, x_s, w_s, full, empty, o_tiles, outputs, per_part, parts, o_tiles, STAGES,
-                             4, 4, False, O_TILE, BYTES)),
-            ],
-            [1],
-            [32],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply_few_bf16, (out_ptr, x_s, w_s, full, empty, tokens, outputs, o_tiles, parts * per_part,
-                                      STAGES, ROWS, O_TILE)),
-                (_copy_few, (x_desc, w_desc, x_s, w_s, full, empty, o_tiles, outputs, per_part, parts, o_tiles, STAGES,
-                             4, 4, False, O_TILE, BYTES)),
-            ],
-            [1],
-            [32],
-        )
+    gl.warp_specialize(
+        [
+            (_multiply_few, (out_ptr, xs_ptr, ws_ptr, x_s, w_s, full, empty, tokens, outputs, o_tiles,
+                             parts * per_part, blocks, STAGES, ROWS, O_TILE, FP8)),
+            (_copy_few, (x_desc, w_desc, x_s, w_s, full, empty, o_tiles, outputs, per_part, parts, o_tiles, STAGES,
+                         4, 4, False, O_TILE, BYTES)),
+        ],
+        [1],
+        [32],
+    )
     # fmt: on
 
 
@@ -339,6 +309,7 @@ def _multiply_widened(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     gdc_wait()
+    d = gl.zeros([64, ROWS], gl.float32, SUMS)
     stage, phase = 0, 0
     for tile in range(gl.program_id(0), o_tiles, gl.num_programs(0)):
         acc = gl.zeros([64, ROWS], gl.float32, SUMS)
@@ -347,19 +318,21 @@ def _multiply_widened(
         mbarrier.wait(full.index(stage), phase)
         w0 = _widen(w_s, stage, 0, exponent0, WEIGHTS)
         for step in range(steps):
-            acc = warpgroup_mma(w0, _wide_rows(x_s, stage, 0, ROWS), acc, is_async=True)
+            d = warpgroup_mma(w0, _wide_rows(x_s, stage, 0, ROWS), d, use_acc=False, is_async=True)
             exponent0 = gl.load(ws + gl.minimum(2 * step + 2, blocks - 1))
             w1 = _widen(w_s, stage, 1, exponent1, WEIGHTS)
             exponent1 = gl.load(ws + gl.minimum(2 * step + 3, blocks - 1))
-            acc, w0 = warpgroup_mma_wait(0, [acc, w0])
-            acc = warpgroup_mma(w1, _wide_rows(x_s, stage, 1, ROWS), acc, is_async=True)
+            d, w0 = warpgroup_mma_wait(0, [d, w0])
+            acc += d
+            d = warpgroup_mma(w1, _wide_rows(x_s, stage, 1, ROWS), d, use_acc=False, is_async=True)
             before = stage
             stage += 1
             phase = gl.where(stage == STAGES, phase ^ 1, phase)
             stage = gl.where(stage == STAGES, 0, stage)
             mbarrier.wait(full.index(stage), phase, pred=step + 1 < steps)
             w0 = _widen(w_s, stage, 0, exponent0, WEIGHTS)
-            acc, w1 = warpgroup_mma_wait(0, [acc, w1])
+            d, w1 = warpgroup_mma_wait(0, [d, w1])
+            acc += d
             mbarrier.arrive(empty.index(before), count=1)
         o = tile * 64 + gl.arange(0, 64, gl.SliceLayout(1, SUMS))
         token = gl.arange(0, ROWS, gl.SliceLayout(0, SUMS))

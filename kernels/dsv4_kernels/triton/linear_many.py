@@ -1,7 +1,7 @@
 """Products for many tokens on compute capability 9.0, in Gluon: one warp copies tiles, two warp groups multiply.
 
-`linear_many` has the bits of the portable kernel in linear.py, and of linear_few.py: FP8 sums 128 inputs from nothing
-in the tensor cores, scales the sum and adds it in float32; bf16 sums all inputs there; both in the inputs' order.
+`linear_many` has the bits of the portable kernel in linear.py, and of linear_few.py: the tensor cores sum 128 inputs
+from nothing; the sums, in FP8 times their scales, are added in float32 in the inputs' order.
 Knows nothing of the dispatch.
 Letters: S tokens, O outputs, K inputs; tiles are 128 bytes wide, which is 128 inputs in FP8 and 64 in bf16.
 """
@@ -103,21 +103,29 @@ def _add(d, scale, acc):
 
 
 @gluon.jit
+def round_by(amax):
+    """(1 / scale, scale) of blocks with these largest magnitudes, as `rounded.round_block` has them."""
+    bits = gl.maximum(amax, FLOOR).to(gl.int32, bitcast=True)
+    bits = ((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)
+    endless = amax == float("inf")
+    scale = gl.where(endless, float("inf"), bits.to(gl.float32, bitcast=True))
+    return gl.where(endless, 0.0, (0x7F000000 - bits).to(gl.float32, bitcast=True)), scale
+
+
+@gluon.jit
+def to_codes(x, inverse):
+    x, inverse = gl.broadcast(x, inverse[:, None])
+    return (x * inverse).to(gl.float8e4nv)
+
+
+@gluon.jit
 def _save(out_desc, out_s, scale_ptr, acc, s, o, tokens, outputs, ROUND: gl.constexpr):
     """A tile of sums [64, HALF] to memory; ROUND: as e4m3 (`rounded.round_block` of its bf16 values) with scales."""
     if ROUND:
-        ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
         y = acc.to(gl.bfloat16).to(gl.float32)
-        amax = gl.max(gl.abs(y), 1)
-        bits = gl.maximum(amax, FLOOR).to(gl.int32, bitcast=True)
-        bits = ((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23)
-        inverse = (0x7F000000 - bits).to(gl.float32, bitcast=True)
-        endless = amax == float("inf")
-        scale = gl.where(endless, float("inf"), bits.to(gl.float32, bitcast=True))
-        inverse = gl.where(endless, 0.0, inverse)
-        y, inverse = gl.broadcast(y, inverse[:, None])
-        result = (y * inverse).to(gl.float8e4nv)
-        row = s + gl.arange(0, 64, ROWS)
+        inverse, scale = round_by(gl.max(gl.abs(y), 1))
+        result = to_codes(y, inverse)
+        row = s + gl.arange(0, 64, gl.SliceLayout(1, acc.type.layout))
         gl.store(scale_ptr + row.to(gl.int64) * (outputs // 128) + o // 128, scale, mask=(row < tokens) & (o < outputs))
     else:
         result = acc.to(out_desc.dtype)
@@ -157,6 +165,7 @@ def _multiply_many(
     While one group scales and adds, the other keeps the tensor cores busy.
     """
     HALF: gl.constexpr = O_TILE // 2
+    WIDE: gl.constexpr = 1 if FP8 else 2  # stages that hold 128 inputs
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32 if FP8 else 16])
     d = gl.zeros([64, HALF], gl.float32, SUMS)
     out_s = out_s.index(WHICH)
@@ -168,31 +177,38 @@ def _multiply_many(
         s = s_tile * S_TILE + WHICH * 64
         xs = xs_ptr + gl.minimum(s + gl.arange(0, 64, gl.SliceLayout(1, SUMS)), tokens - 1).to(gl.int64) * steps
         last = (outputs - 1) // 128
+        a_scale = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, SUMS))
+        b_scale = a_scale + 0.0
         a_ws = ws_ptr + gl.minimum(o_tile * O_TILE // 128, last) * steps
         b_ws = ws_ptr + gl.minimum((o_tile * O_TILE + HALF) // 128, last) * steps
-        for step in range(parts * steps):
+        for step in range(parts * steps // WIDE):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), count // STAGES & 1)
             x = x_s.index(stage).slice(WHICH * 64, 64, dim=0)
             w_a = w_s.index(stage).slice(0, HALF, dim=0).permute((1, 0))
             w_b = w_s.index(stage).slice(HALF, HALF, dim=0).permute((1, 0))
+            d = warpgroup_mma(x, w_a, d, use_acc=False, is_async=True)
             if FP8:
-                d = warpgroup_mma(x, w_a, d, use_acc=False, is_async=True)
                 token = gl.load(xs + step)
                 a_scale = token * power(gl.load(a_ws + step))
                 b_scale = token * power(gl.load(b_ws + step))
-                d = warpgroup_mma_wait(0, [d])
-                a = _add(d, a_scale, a)
-                d = warpgroup_mma(x, w_b, d, use_acc=False, is_async=True)
-                d = warpgroup_mma_wait(0, [d])
-                mbarrier.arrive(empty.index(stage), count=1)
-                b = _add(d, b_scale, b)
             else:
-                a = warpgroup_mma(x, w_a, a, is_async=True)
-                b = warpgroup_mma(x, w_b, b, is_async=True)
-                a, b = warpgroup_mma_wait(0, [a, b])
-                mbarrier.arrive(empty.index(stage), count=1)
-            count += 1
+                second = (count + 1) % STAGES
+                mbarrier.wait(full.index(second), (count + 1) // STAGES & 1)
+                x_second = x_s.index(second).slice(WHICH * 64, 64, dim=0)
+                d = warpgroup_mma(x_second, w_s.index(second).slice(0, HALF, dim=0).permute((1, 0)), d, is_async=True)
+            d = warpgroup_mma_wait(0, [d])
+            a = _add(d, a_scale, a)
+            d = warpgroup_mma(x, w_b, d, use_acc=False, is_async=True)
+            if not FP8:
+                w_b = w_s.index(second).slice(HALF, HALF, dim=0).permute((1, 0))
+                d = warpgroup_mma(x_second, w_b, d, is_async=True)
+            d = warpgroup_mma_wait(0, [d])
+            mbarrier.arrive(empty.index(stage), count=1)
+            if not FP8:
+                mbarrier.arrive(empty.index(second), count=1)
+            b = _add(d, b_scale, b)
+            count += WIDE
         _save(out_desc, out_s, scale_ptr, a, s, o_tile * O_TILE, tokens, outputs, ROUND)
         _save(out_desc, out_s, scale_ptr, b, s, o_tile * O_TILE + HALF, tokens, outputs, ROUND)
     tma.store_wait(0)
