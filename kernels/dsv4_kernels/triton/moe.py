@@ -15,9 +15,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import moe_few, moe_gemm, moe_many
 from .index import _code_values
+from .linear_many import processors_of
 from .moe_pool import ExpertPool, check_pool
 from .moe_route import Groups, group, route
 from .rounded import ROUND_BLOCK, Rounded, round_activations, round_block
@@ -25,6 +28,7 @@ from .rounded import ROUND_BLOCK, Rounded, round_activations, round_block
 __all__ = ["ExpertPool", "check_pool", "route", "routed_experts", "swiglu_round"]
 
 SIDE_BY_SIDE = 8  # tiles that run at the same time, so that an expert's rows are read from memory once
+SHARED_BYTES = 224 << 10  # of a multiprocessor, less what small things take
 FEW_PER_EXPERT = 4  # up to so many pairs an expert (on average) the matrices' bytes are what counts
 
 
@@ -66,9 +70,10 @@ def way_for(chosen_SK: Tensor, pool: ExpertPool) -> Way:
     each = pairs / pool.experts
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return Way("portable", group(chosen_SK, pool.experts, 16 if each <= 8 else 64))
-    if each <= FEW_PER_EXPERT or pool.inputs % 256:  # moe_many.py writes 256 outputs a program
+    if each <= FEW_PER_EXPERT:
         return Way("few", None if chosen_SK.shape[0] == 1 else group(chosen_SK, pool.experts, 8))
-    return Way("many", group(chosen_SK, pool.experts, 32 if each <= 16 else 64 if each <= 32 else 128))
+    size = next((size for size in (16, 32, 64, 128) if each <= size * 3 / 4), 256)
+    return Way("many", group(chosen_SK, pool.experts, size))
 
 
 def gate_up(
@@ -76,7 +81,8 @@ def gate_up(
 ) -> tuple[Tensor, Tensor | None]:
     """The values between an expert's two products, a row for every pair in the order of the groups, for `down`.
 
-    Values float32 [P, I] and no scale (one token), or e4m3 and scales ("many": inputs in moe_few.py's order).
+    Values float32 [P, I] and no scale (one token), or e4m3 and scales float32 [P, I/128] ("many": inputs in
+    moe_few.py's order, scales by tile, [T, I/128, at least 32]).
     """
     pairs, topk = chosen_SK.numel(), chosen_SK.shape[1]
     if way.kernels == "few":
@@ -86,11 +92,13 @@ def gate_up(
             return hidden, None
         rounded = round_activations(hidden)  # once, where one token's programs round for themselves
         return rounded.data, rounded.scale
-    rounded = Rounded.empty(pairs, pool.hidden, chosen_SK.device)
-    if way.kernels == "many":
-        _launch_many(way, reorder(x).data, x.scale, weights_SK, topk, pool, limit, rounded.data, rounded.scale)
-        return rounded.data, rounded.scale
     assert way.groups is not None
+    if way.kernels == "many":
+        data, scale = gathered(x, way.groups, topk)
+        out, out_scale = _room(way.groups, pool.hidden, chosen_SK.device)
+        _launch_many(way.groups, data, scale, weights_SK, pool, limit, out, out_scale)
+        return out, out_scale
+    rounded = Rounded.empty(pairs, pool.hidden, chosen_SK.device)
     moe_gemm.gate_up[(way.groups.tiles.shape[0] * (pool.hidden // 128),)](
         x.data,
         x.scale,
@@ -120,7 +128,8 @@ def down(way: Way, hidden: tuple[Tensor, Tensor | None], chosen_SK: Tensor, pool
     if way.kernels == "few":
         _launch_few(way, data, scale, None, chosen_SK, pool, 0.0, out)
     elif way.kernels == "many":
-        _launch_many(way, data, scale, None, chosen_SK.shape[1], pool, 0.0, out, None)
+        assert way.groups is not None and scale is not None
+        _launch_many(way.groups, data, scale, None, pool, 0.0, out, scale)
     else:
         assert way.groups is not None
         moe_gemm.down[(way.groups.tiles.shape[0] * (pool.inputs // 128),)](
@@ -152,12 +161,17 @@ def _launch_few(
     limit: float,
     out: Tensor,
 ) -> None:
-    """Bound by memory: every chosen expert's rows are read once, 64 of them a program.  With weights: gate and up."""
+    """Bound by memory: every chosen expert's rows are read once.  With weights: gate and up."""
     gated = weights_SK is not None
     inputs, outputs = (pool.inputs, pool.hidden) if gated else (pool.hidden, pool.inputs)
     tiles, order = (chosen_SK, chosen_SK) if way.groups is None else (way.groups.tiles, way.groups.order)
     step = inputs // 128 & -(inputs // 128)
-    moe_few.few[((chosen_SK.numel() if way.groups is None else len(tiles)) * (outputs // (32 if gated else 64)),)](
+    # Programs that go through 64 rows twice start less often; but there must be many of them.
+    rows = 32 if gated else 64
+    twice = chosen_SK.numel() * (outputs // rows) >= 6000 and outputs % (2 * rows) == 0
+    halves = 2 if twice else 1
+    count = chosen_SK.numel() if way.groups is None else way.groups.tiles.shape[0]
+    moe_few.few[(count * (outputs // (halves * rows)),)](
         x,
         x if x_scale is None else x_scale,
         weights_SK if gated else x,
@@ -174,56 +188,101 @@ def _launch_few(
         INPUTS=inputs,
         K=chosen_SK.shape[1],
         BLOCKS=min(8, step),
-        WIDE=1 if pool.fp8 else min(2, step),
-        STAGES=4,
+        BURST=min(2 if pool.fp8 else 4, step),
+        HALVES=halves,
         GATED=gated,
         ROUNDED=x_scale is not None,
         SORTED=way.groups is not None,
         FP8=pool.fp8,
         num_warps=4,
+        maxnreg=168,
+        launch_pdl=True,
     )
 
 
+def _room(groups: Groups, inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For activations by place in order, and their scales by tile: e4m3 [P, I] and float32 [T, I/128, N]."""
+    data = torch.empty(groups.order.shape[0], inputs, dtype=torch.float8_e4m3fn, device=device)
+    places = max(groups.size, moe_many.SCALES.value)
+    return data, torch.empty(groups.tiles.shape[0], inputs // 128, places, dtype=torch.float32, device=device)
+
+
+def gathered(x: Rounded, groups: Groups, topk: int) -> tuple[Tensor, Tensor]:
+    """A token's activations for each of its pairs, reordered, as `_room` says."""
+    count, tiles = x.scale.shape[1], groups.tiles.shape[0]
+    data, scale = _room(groups, x.data.shape[1], x.data.device)
+    rows = min(16, groups.size)
+    moe_many.gather[(tiles * (groups.size // rows),)](
+        reorder(x).data.view(torch.int32),
+        x.scale,
+        groups.tiles,
+        groups.order,
+        data.view(torch.int32),
+        scale,
+        K=topk,
+        N=groups.size,
+        COUNT=count,
+        WIDTH=triton.next_power_of_2(count),
+        ROWS=rows,
+        num_warps=4,
+    )
+    return data, scale
+
+
+def _boxes(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """How the copy engine reads ``tensor`` [N, M]: in boxes of rows x columns; single rows as they are."""
+    bits = tensor.element_size() * 8
+    layout = gl.NVMMASharedLayout(columns * bits // 8 if rows > 1 else 0, bits, rank=2)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+
+
 def _launch_many(
-    way: Way,
+    groups: Groups,
     x: Tensor,
-    x_scale: Tensor | None,
+    x_scale: Tensor,
     weights_SK: Tensor | None,
-    topk: int,
     pool: ExpertPool,
     limit: float,
     out: Tensor,
-    out_scale: Tensor | None,
+    out_scale: Tensor,
 ) -> None:
-    """Bound by the tensor cores: tiles of up to 128 pairs, two warp groups a program.  With weights: gate and up."""
-    assert way.groups is not None
-    gated = weights_SK is not None
+    """Tiles of up to 256 pairs; programs of four warp groups for small tiles, else two.  With weights: gate and up."""
+    gated, size = weights_SK is not None, groups.size
     inputs, outputs = (pool.inputs, pool.hidden) if gated else (pool.hidden, pool.inputs)
-    tiles = way.groups.tiles.shape[0]
-    parts = outputs // (128 if gated else 256)
-    moe_many.many[(triton.cdiv(tiles, SIDE_BY_SIDE) * SIDE_BY_SIDE * parts,)](
-        x,
-        x_scale,
+    tiles, count, piece = groups.tiles.shape[0], inputs // 128, min(size, 64)
+    small = size <= 64 and not pool.fp8 and not inputs % 256 and not outputs % (128 if gated else 256)
+    warp_groups = 4 if small else 2
+    wide = 1 if count % 2 or pool.fp8 or size >= 64 else 2
+    halves = 1 if warp_groups == 4 or (not gated and outputs % 256) else 2
+    width = wide * (128 if pool.fp8 else 64)
+    stage = wide * (128 * size + 4 * x_scale.shape[2]) + 64 * warp_groups * width
+    held = 256 * (size + piece) if gated else 0
+    items = triton.cdiv(tiles, SIDE_BY_SIDE) * SIDE_BY_SIDE * (outputs // (128 if gated else 64 * warp_groups * halves))
+    moe_many.many[(min(items, processors_of(out.device)),)](
+        _boxes(x, piece, 128),
+        _boxes(x_scale.flatten(0, 1), 1, x_scale.shape[2]),
+        _boxes((pool.w13 if gated else pool.w2).view(torch.uint8).flatten(0, 1), 32 * warp_groups, width),
         weights_SK if gated else x_scale,
-        pool.w13 if gated else pool.w2,
         pool.s13 if gated else pool.s2,
         _code_values(out.device),
         pool.slot_of_expert,
-        way.groups.tiles,
-        way.groups.order,
+        groups.tiles,
+        groups.order,
         out,
-        out_scale if gated else x_scale,
+        out_scale,
         tiles,
         outputs,
         limit,
-        INPUTS=inputs,
-        K=topk,
-        N=way.groups.size,
-        STAGES=4,
-        GROUP=SIDE_BY_SIDE,
+        PIECES=size // piece,
+        COUNT=count,
+        WIDE=wide,
+        STAGES=min(6, (SHARED_BYTES - held) // stage),
+        HALVES=halves,
+        WGS=warp_groups,
+        SIDE=SIDE_BY_SIDE,
         GATED=gated,
         FP8=pool.fp8,
-        num_warps=8,
+        num_warps=4,
     )
 
 

@@ -1,4 +1,4 @@
-"""The experts' products for few tokens on compute capability 9.0, in Gluon: codes go through shared memory into the
+"""The experts' products for few tokens on compute capability 9.0, in Gluon: matrices go from memory straight into the
 registers from which the tensor cores take them; and what moe_many.py shares with it.  Knows nothing of routing; reads
 the tables that moe_route.py makes.
 
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..rounding import FP8_AMAX_FLOOR
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
 
 FEW = gl.constexpr(8)  # pairs of a tile of `few`: the fewest columns of wgmma
 FLOOR = gl.constexpr(FP8_AMAX_FLOOR)
@@ -38,6 +36,20 @@ def codes_layout(warps, fp8):
     registers = [[0, 1 << i] for i in range(count)] + [[8, 0]]
     lanes = [[0, 1 << count], [0, 2 << count], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(registers, lanes, warp_rows(warps, 1), [], [16 * warps, 4 << count])
+
+
+@gluon.constexpr_function
+def scales_layout(warps, burst):
+    """FP4 scales of `burst` blocks, four in a word: every thread has those of its rows."""
+    registers = [[0, 1 << i] for i in range(burst.bit_length() - 1)] + [[8, 0]]
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warp_rows(warps, 1), [], [16 * warps, burst])
+
+
+@gluon.constexpr_function
+def rows_layout(count):
+    """Words of whole rows, for `all_scales`; four warps."""
+    return gl.BlockedLayout([1, min(4, 1 << (count - 1).bit_length())], [4, 8], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -160,30 +172,50 @@ def operand(words, OPERAND: gl.constexpr, BYTES: gl.constexpr):
 
 
 @gluon.jit
-def copy_rows(w_s, s_s, codes, scales, block, more, STAGES: gl.constexpr, LENGTH: gl.constexpr, FP8: gl.constexpr):
-    """Matrix rows from block number ``block`` on, and FP4's scales, on their way to the next place of the ring.
+def _fetch(
+    codes, scales, block, BURST: gl.constexpr, COUNT: gl.constexpr, HALVES: gl.constexpr, APART: gl.constexpr,
+    FP8: gl.constexpr
+):  # fmt: skip
+    """BURST blocks of 128 inputs from ``block`` on in registers: their words of codes, and FP4's scales, int32 [R].
 
-    LENGTH: words of codes of a block, as many blocks as w_s holds a stage.
+    After the COUNT blocks of some rows come those of the rows APART further on.
     """
-    WIDE: gl.constexpr = w_s.shape[2] // LENGTH
-    if more:
-        async_copy.async_copy_global_to_shared(w_s.index(block // WIDE % STAGES), codes + block * LENGTH)
-        if not FP8:
-            for b in gl.static_range(WIDE):
-                async_copy.async_copy_global_to_shared(s_s.index((block + b) % (STAGES * WIDE)), scales + (block + b))
+    LENGTH: gl.constexpr = 32 if FP8 else 16
+    at = block // COUNT * (APART * COUNT) + block % COUNT
+    more = block < HALVES * COUNT
+    fetched = ()
+    for b in gl.static_range(BURST):
+        fetched = fetched + (gl.load(codes + (at + b) * LENGTH, mask=more, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+    if FP8:
+        return fetched, fetched
+    else:
+        scale = gl.load(scales + at, mask=more, other=0)
+        if BURST == 4:
+            even, odd = gl.split(gl.reshape(scale, [scale.shape[0], 2, 2]))
+            first, third = gl.split(even)
+            second, fourth = gl.split(odd)
+            return fetched, (first, second, third, fourth)
+        elif BURST == 2:
+            return fetched, gl.split(scale)
+        else:
+            return fetched, (gl.reshape(scale, [scale.shape[0]]),)
 
 
 @gluon.jit
-def largest_scales(
-    s_ptr, first, hidden, GROUPS: gl.constexpr, GATED: gl.constexpr, R: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """The largest scale of every matrix row of the tile: int32 [R]."""
-    WIDTH: gl.constexpr = 1 << (GROUPS - 1).bit_length()
-    WIDE: gl.constexpr = gl.BlockedLayout([1, min(16, WIDTH)], [4, 8], [gl.num_warps(), 1], [1, 0])
-    row = matrix_row(gl.arange(0, R, gl.SliceLayout(1, WIDE)), first, hidden, GATED)
-    group = gl.arange(0, WIDTH, gl.SliceLayout(0, WIDE))[None, :]
-    exponent = gl.load(s_ptr + row[:, None] * GROUPS + group, mask=group < GROUPS, other=0)
-    return gl.convert_layout(gl.max(exponent.to(gl.int32), 1), LAYOUT)
+def all_scales(s_ptr, row, more, COUNT: gl.constexpr):
+    """The scales of whole rows, four in a word: int32 [R, COUNT, rounded up to a power of two].  For `largest_of`."""
+    WIDTH: gl.constexpr = 1 << (COUNT - 1).bit_length()
+    word = gl.arange(0, WIDTH, gl.SliceLayout(0, row.type.layout.parent))[None, :]
+    pointer = s_ptr.to(gl.pointer_type(gl.int32)) + row[:, None] * COUNT + word
+    return gl.load(pointer, mask=(word < COUNT) & more, other=0)
+
+
+@gluon.jit
+def largest_of(words, LAYOUT: gl.constexpr):
+    """The largest scale of every row: int32 [R]."""
+    low = gl.maximum(words & 0xFF, (words >> 8) & 0xFF)
+    high = gl.maximum((words >> 16) & 0xFF, (words >> 24) & 0xFF)
+    return gl.convert_layout(gl.max(gl.maximum(low, high), 1), LAYOUT)
 
 
 @gluon.jit
@@ -216,14 +248,14 @@ def few(
     INPUTS: gl.constexpr,
     K: gl.constexpr,
     BLOCKS: gl.constexpr,
-    WIDE: gl.constexpr,
-    STAGES: gl.constexpr,
+    BURST: gl.constexpr,
+    HALVES: gl.constexpr,
     GATED: gl.constexpr,
     ROUNDED: gl.constexpr,
     SORTED: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    """64 matrix rows for a tile of up to 8 pairs; BLOCKS of 128 inputs a step, WIDE of them in each stage of the ring.
+    """HALVES x 64 matrix rows for a tile of up to 8 pairs; BLOCKS of 128 inputs a step, fetched BURST at a time.
 
     GATED: x e4m3 [S, INPUTS] with x_scale by token; out float32 [P, I] by place in order, times the routing weight.
     Otherwise: x [P, INPUTS] by place, e4m3 with x_scale (ROUNDED) or float32 and rounded here; out bfloat16
@@ -231,19 +263,24 @@ def few(
     SORTED: tiles and order as in moe_route.Groups; otherwise each pair is a tile, its expert in ``chosen``.
     """
     R: gl.constexpr = 64
+    HALF: gl.constexpr = R // 2 if GATED else R
     COUNT: gl.constexpr = INPUTS // 128
     STEPS: gl.constexpr = COUNT // BLOCKS
     LENGTH: gl.constexpr = 32 if FP8 else 16  # words of a row's 128 inputs
-    LANES: gl.constexpr = WIDE * LENGTH // 4
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEW, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4)
     CODES: gl.constexpr = codes_layout(4, FP8)
     BYTES: gl.constexpr = bytes_layout(4)
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, BYTES)))
-    BROUGHT: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [4, 1], [1, 0])
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    SCALES: gl.constexpr = scales_layout(4, BURST)
+    WHOLE: gl.constexpr = gl.SliceLayout(1, rows_layout(COUNT))
     STAGED: gl.constexpr = staged_layout(BLOCKS, 4)
-    programs_a_tile = outputs // (R // 2 if GATED else R)
+    # The next kernel may start when all programs have waited here, so the second product finds the tables and fetches
+    # its matrices while the first one ends.
+    if GATED:
+        gdc_wait()
+    gdc_launch_dependents()
+    programs_a_tile = outputs // (HALVES * HALF)
     tile = gl.program_id(0) // programs_a_tile
     part = gl.program_id(0) % programs_a_tile
     if SORTED:
@@ -257,103 +294,99 @@ def few(
     if count > 0:
         slot = gl.load(slots_ptr + expert).to(gl.int64)
         if GATED:
-            first = slot * (2 * outputs) + part * (R // 2)
+            first = slot * (2 * outputs) + part * (HALVES * HALF)
         else:
-            first = slot * outputs + part * R
-        row = matrix_row(gl.arange(0, R, gl.SliceLayout(1, BROUGHT)), first, outputs, GATED)
+            first = slot * outputs + part * (HALVES * HALF)
+        row = matrix_row(gl.arange(0, R, gl.SliceLayout(1, CODES)), first, outputs, GATED)
         codes = w_ptr.to(gl.pointer_type(gl.int32)) + row[:, None] * (COUNT * LENGTH)
-        codes += gl.arange(0, WIDE * LENGTH, gl.SliceLayout(0, BROUGHT))[None, :]
-        scales = s_ptr.to(gl.pointer_type(gl.int32)) + matrix_row(gl.arange(0, R, LINE), first, outputs, GATED) * COUNT
-        # A quarter of a warp reads 64 bytes of two rows: in rows of 128 bytes every other one is turned by half.
-        w_s = gl.allocate_shared_memory(
-            gl.int32, [STAGES, R, WIDE * LENGTH], gl.SwizzledSharedLayout(LENGTH, 1, WIDE, [1, 0])
+        codes += gl.arange(0, LENGTH, gl.SliceLayout(0, CODES))[None, :]
+        row = matrix_row(gl.arange(0, R, gl.SliceLayout(1, SCALES)), first, outputs, GATED)
+        scales = s_ptr.to(gl.pointer_type(gl.int32)) + row[:, None] * COUNT
+        scales += gl.arange(0, BURST, gl.SliceLayout(0, SCALES))[None, :]
+        ring = (
+            _fetch(codes, scales, 0, BURST, COUNT, HALVES, HALF, FP8),
+            _fetch(codes, scales, BURST, BURST, COUNT, HALVES, HALF, FP8),
         )
-        s_s = gl.allocate_shared_memory(gl.int32, [STAGES * WIDE, R], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        for early in gl.static_range(STAGES - 1):
-            copy_rows(w_s, s_s, codes, scales, early * WIDE, early * WIDE < COUNT, STAGES, LENGTH, FP8)
-            async_copy.commit_group()
-        largest = gl.zeros([R], gl.int32, ROWS)
+        row = matrix_row(gl.arange(0, R, WHOLE), first, outputs, GATED)
+        whole = gl.zeros([R, 1 << (COUNT - 1).bit_length()], gl.int32, rows_layout(COUNT))
         if not FP8:
-            largest = largest_scales(s_ptr, first, outputs, INPUTS // 32, GATED, R, ROWS)
+            whole = all_scales(s_ptr, row, True, COUNT)
 
         # The tile's activations: to shared memory, inputs reordered.
+        if not GATED:
+            gdc_wait()
         x_s = gl.allocate_shared_memory(gl.float8e4nv, [STEPS, BLOCKS * FEW, 128], E4M3_TILE)
         scale_s = gl.allocate_shared_memory(gl.float32, [STEPS, BLOCKS * FEW], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         staged = gl.arange(0, BLOCKS * FEW, gl.SliceLayout(1, STAGED))
-        pair = staged % FEW
-        real = pair < count
-        x_row = place + pair
+        column = staged % FEW
+        real = column < count
+        x_row = place + column
         if GATED:
             if SORTED:
                 x_row = gl.load(order_ptr + x_row, mask=real, other=0)
             x_row = x_row // K
         x_row = x_row.to(gl.int64)
-        column = gl.arange(0, 128, gl.SliceLayout(0, STAGED))[None, :]
-        x = x_ptr + (x_row * INPUTS + staged // FEW * 128)[:, None] + column
-        for step in gl.static_range(STEPS):
+        x = (
+            x_ptr
+            + (x_row * INPUTS + staged // FEW * 128)[:, None]
+            + gl.arange(0, 128, gl.SliceLayout(0, STAGED))[None, :]
+        )
+        for i in gl.static_range(STEPS):
             if ROUNDED:
-                data = gl.load(x + step * (BLOCKS * 128), mask=real[:, None], other=0.0)
-                x_block = x_row * (INPUTS // 128) + staged // FEW + step * BLOCKS
+                data = gl.load(x + i * (BLOCKS * 128), mask=real[:, None], other=0.0)
+                x_block = x_row * (INPUTS // 128) + staged // FEW + i * BLOCKS
                 scale = gl.load(x_scale_ptr + x_block, mask=real, other=0.0)
             else:
-                data, scale = rounded(gl.load(x + step * (BLOCKS * 128), mask=real[:, None], other=0.0))
+                data, scale = rounded(gl.load(x + i * (BLOCKS * 128), mask=real[:, None], other=0.0))
             data = reordered(data.to(gl.uint8, bitcast=True)).to(gl.float8e4nv, bitcast=True)
-            x_s.index(step).store(data)
-            scale_s.index(step).store(scale)
+            x_s.index(i).store(data)
+            scale_s.index(i).store(scale)
         fence_async_shared()
 
-        acc = gl.zeros([R, FEW], gl.float32, SUMS)
         nothing = gl.zeros([R, FEW], gl.float32, SUMS)
-        for step in range(STEPS):
-            x_step = x_s.index(step)
-            scale_step = scale_s.index(step)
-            for b in gl.static_range(BLOCKS):
-                block = step * BLOCKS + b
-                if b % WIDE == 0:
-                    async_copy.wait_group(STAGES - 2)
-                    barrier()  # everyone's share has come, and everyone is done with the place that is filled next
-                    if STEPS > 1:
-                        ahead = block + (STAGES - 1) * WIDE
-                        copy_rows(w_s, s_s, codes, scales, ahead, ahead < COUNT, STAGES, LENGTH, FP8)
-                    elif b + (STAGES - 1) * WIDE < COUNT:  # known beforehand: Triton 3.6 fails at code never reached
-                        copy_rows(w_s, s_s, codes, scales, b + (STAGES - 1) * WIDE, True, STAGES, LENGTH, FP8)
-                    async_copy.commit_group()
-                stage = block // WIDE % STAGES
-                code = w_s.index(stage).slice(b % WIDE * LENGTH, LENGTH, dim=1).load(CODES)
-                four = s_s.index(block % (STAGES * WIDE)).load(ROWS)
-                w = operand(unpack(code, four, largest, table_ptr, BYTES, FP8), OPERAND, BYTES)
-                columns = x_step.slice(b * FEW, FEW, dim=0).permute((1, 0))
-                product = warpgroup_mma(w, columns, nothing, use_acc=False, is_async=True)
-                x_scale = scale_step.slice(b * FEW, FEW, dim=0).load(gl.SliceLayout(0, SUMS))
-                product = warpgroup_mma_wait(0, [product])
-                if FP8:
-                    s_row = matrix_row(gl.arange(0, R, gl.SliceLayout(1, SUMS)), first, outputs, GATED) // 128
-                    exponent = gl.load(s_ptr + s_row * COUNT + block).to(gl.int32)
-                    product = product * (exponent << 23).to(gl.float32, bitcast=True)[:, None]
-                product, x_scale = gl.broadcast(product, x_scale[None, :])
-                acc = gl.fma(product, x_scale, acc)
-        if not FP8:
-            top = gl.convert_layout(gl.maximum(largest - 6, 0) << 23, gl.SliceLayout(1, SUMS))
-            acc = acc * top.to(gl.float32, bitcast=True)[:, None]
-
-        if GATED:
-            STORED: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [1, 4], [0, 1])
-            value = gl.convert_layout(swiglu(acc, limit), STORED)
+        for half in range(HALVES):
+            largest = gl.zeros([R], gl.int32, ROWS)
+            if not FP8:
+                largest = largest_of(whole, ROWS)
+                whole = all_scales(s_ptr, row + (half + 1) * HALF, half + 1 < HALVES, COUNT)
+            acc = gl.zeros([R, FEW], gl.float32, SUMS)
+            for step in range(STEPS):
+                x_step = x_s.index(step)
+                scale_step = scale_s.index(step)
+                for b in gl.static_range(BLOCKS):
+                    words = unpack(ring[0][0][b % BURST], ring[0][1][b % BURST], largest, table_ptr, BYTES, FP8)
+                    w = operand(words, OPERAND, BYTES)
+                    columns = x_step.slice(b * FEW, FEW, dim=0).permute((1, 0))
+                    product = warpgroup_mma(w, columns, nothing, use_acc=False, is_async=True)
+                    x_scale = scale_step.slice(b * FEW, FEW, dim=0).load(gl.SliceLayout(0, SUMS))
+                    product = warpgroup_mma_wait(0, [product])
+                    if FP8:
+                        s_row = (
+                            matrix_row(gl.arange(0, R, gl.SliceLayout(1, SUMS)), first + half * HALF, outputs, GATED)
+                            // 128
+                        )
+                        exponent = gl.load(s_ptr + s_row * COUNT + step * BLOCKS + b).to(gl.int32)
+                        product = product * (exponent << 23).to(gl.float32, bitcast=True)[:, None]
+                    product, x_scale = gl.broadcast(product, x_scale[None, :])
+                    acc = gl.fma(product, x_scale, acc)
+                    if b % BURST == BURST - 1:
+                        block = half * COUNT + step * BLOCKS + b + 1 + BURST
+                        ring = (ring[1], _fetch(codes, scales, block, BURST, COUNT, HALVES, HALF, FP8))
+            if not FP8:
+                top = gl.convert_layout(gl.maximum(largest - 6, 0) << 23, gl.SliceLayout(1, SUMS))
+                acc = acc * top.to(gl.float32, bitcast=True)[:, None]
+            STORED: gl.constexpr = gl.BlockedLayout([HALF // 32, 64 // HALF], [32, 1], [1, 4], [0, 1])
+            if GATED:
+                value = gl.convert_layout(swiglu(acc, limit), STORED)
+            else:
+                value = gl.convert_layout(acc.to(gl.bfloat16), STORED)
             pair = gl.arange(0, FEW, gl.SliceLayout(0, STORED))
             number = place + pair
             if SORTED:
                 number = gl.load(order_ptr + number, mask=pair < count, other=0)
-            value = value * gl.load(weights_ptr + number, mask=pair < count, other=0.0)[None, :]
-            to = ((place + pair).to(gl.int64) * outputs)[None, :] + part * (R // 2)
-            to += gl.arange(0, R // 2, gl.SliceLayout(1, STORED))[:, None]
-            gl.store(out_ptr + to, value, mask=(pair < count)[None, :])
-        else:
-            STORED: gl.constexpr = gl.BlockedLayout([2, 1], [32, 1], [1, 4], [0, 1])  # type: ignore[no-redef]
-            value = gl.convert_layout(acc.to(gl.bfloat16), STORED)
-            pair = gl.arange(0, FEW, gl.SliceLayout(0, STORED))
-            number = place + pair
-            if SORTED:
-                number = gl.load(order_ptr + number, mask=pair < count, other=0)
-            to = (number.to(gl.int64) * outputs)[None, :] + part * R
-            to += gl.arange(0, R, gl.SliceLayout(1, STORED))[:, None]
+            if GATED:
+                value = value * gl.load(weights_ptr + number, mask=pair < count, other=0.0)[None, :]
+                number = place + pair
+            to = (number.to(gl.int64) * outputs)[None, :] + (part * HALVES + half) * HALF
+            to += gl.arange(0, HALF, gl.SliceLayout(1, STORED))[:, None]
             gl.store(out_ptr + to, value, mask=(pair < count)[None, :])
