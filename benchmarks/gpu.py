@@ -18,6 +18,7 @@ BF16_CEILING, FP8_CEILING, COPY_CEILING = 813e12, 1302e12, 4.26e12
 def replay_ms(run: Callable[[], object], budget_ms: float = 60.0, rounds: int = 9) -> float:
     """Median milliseconds of one call, from replays of a graph that holds as many as fit ``budget_ms / rounds``."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # inputs may still be on their way
     with torch.cuda.stream(stream):
         run()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -117,7 +117,7 @@ def test_refusals_name_the_alternative() -> None:
 # ---- the kernel for 64 x 512 on Hopper -------------------------------------------------------------------------------
 
 
-def test_hopper_kernel_compiles() -> None:
+def test_hopper_kernels_compile() -> None:
     """The interpreter does not know Gluon; its compiler needs no GPU.  (In a process that does not interpret.)"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -128,18 +128,23 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from dsv4_kernels.triton.attention_hopper import attention_hopper as kernel
+from dsv4_kernels.triton.attention_few import score_keys, sum_values
+from dsv4_kernels.triton.attention_hopper import attention_hopper
 
-constants = {"GATHER": True, "SPLIT": False, "PARTS": 8, "CHAIN": 2048}
-kinds = {"q": "*bf16", "out": "*bf16", "window": "*u8", "selected": "*i32", "sink": "*fp32", "phase": "*fp32"}
-kinds |= {"partial": "*fp32", "stats": "*fp32", "base": "*i64", "segments": "*i64", "position": "*i64"}
-signature = {name: kinds[name[:-4]] if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
-signature |= {"scale": "fp32"} | {name: "constexpr" for name in constants}
-places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-aligned = {places[name]: [["tt.divisibility", 16]] for name in places if name.endswith("_ptr")}
-source = GluonASTSource(kernel, signature, {places[name]: value for name, value in constants.items()}, aligned)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.metadata.shared <= 227 << 10
+kinds = {"q": "*bf16", "out": "*bf16", "window": "*u8", "selected": "*i32"}
+kinds |= {"base": "*i64", "segments": "*i64", "position": "*i64"}
+for kernel, warps, constants in (
+    (attention_hopper, 8, {"GATHER": True, "SPLIT": False, "PARTS": 8, "CHAIN": 2048}),
+    (score_keys, 4, {"GATHER": True, "HEADS": 32}),
+    (sum_values, 4, {"GATHER": True, "SPLIT": False, "BATCH": 5, "CHAIN": 2048}),
+):
+    signature = {name: kinds.get(name[:-4], "*fp32") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    signature |= {"scale": "fp32"} | {name: "constexpr" for name in constants}
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name in places if name.endswith("_ptr")}
+    source = GluonASTSource(kernel, signature, {places[name]: value for name, value in constants.items()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.metadata.shared <= 227 << 10
 """
 
 
@@ -179,3 +184,29 @@ def test_hopper_bits_do_not_depend_on_batch_or_chunk(ratio: int, chosen: int | N
     assert torch.equal(run(case), together)
     for part in (slice(0, 1), slice(7, 9), slice(20, 50), slice(99, 170), slice(2, 280)):
         assert torch.equal(run(case, part), together[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("positions", "heads", "ratio", "chosen"),
+    [
+        ([0, 1, 62, 63, 64, 65, 126, 127], 64, 0, None),
+        ([0, 2, 3, 251, 255, 259, 507, 511], 64, 4, 512),  # no entry, 1, 63, 64, 65, 127, 128
+        ([515, 2046, 2047, 77, 1_048_575, 4099, 20_000, 128], 64, 4, 512),
+        ([1_048_575, 40_003], 128, 4, 1024),
+        ([126, 127, 128 * 64 - 1, 128 * 65 - 1, 128 * 128 - 1, 128 * 129 - 1, 128 * 500, 131_071], 64, 128, None),
+        ([1_048_575, 128 * 2049 - 1], 64, 128, None),  # four chains and one; one chain and an entry
+        ([128 * 4161, 77], 64, 128, None),
+    ],
+)
+def test_hopper_bits_do_not_depend_on_the_kernel(
+    positions: list[int], heads: int, ratio: int, chosen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is faster for few queries gives the bits of the kernel for many."""
+    case = decode_case(positions, heads, 512, ratio, chosen, "cuda")
+    most = case.entries.most if case.entries is not None else 0
+    assert kernel.plan(case.q.device, len(positions), heads, 512, 128, min(most, chosen or most)).kernel == "few"
+    few = [run(case) for _ in range(3)]
+    monkeypatch.setattr(kernel, "plan", lambda *_: kernel.Plan("hopper"))
+    many = run(case)
+    assert not many.isnan().any() and all(torch.equal(each, many) for each in few)

@@ -1,8 +1,8 @@
 """Triton kernels for NVIDIA GPUs, one file an operation; the torch reference of each lies in the file of the same name
 one folder up.  Nothing outside a module that was chosen for a GPU imports this package: it needs triton.
 
-attention_hopper.py is written in Gluon, Triton's lower-level dialect, and runs on compute capability 9.0 only.
-Triton's interpreter does not know Gluon, so on a CPU that kernel can be compiled but not run.
+Some are written in Gluon, Triton's lower-level dialect, and run on compute capability 9.0 only, attention_hopper.py and
+attention_few.py for instance.  Triton's interpreter does not know Gluon: on a CPU they can be compiled but not run.
 """
 
 from __future__ import annotations

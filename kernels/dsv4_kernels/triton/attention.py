@@ -1,12 +1,14 @@
 """Sparse attention from packed rows: window, compressed entries and sink in one softmax, outputs rotated back.
 
-`sparse_attention` is what the engine calls; it picks the Gluon kernel (attention_hopper.py) where that one applies and
-the portable kernel of this file otherwise.  Reference: dsv4_kernels.attention and dsv4_kernels.rope.
+`sparse_attention` is what the engine calls; where they apply it picks the Gluon kernels, attention_hopper.py or, for
+few queries, attention_few.py, and the portable kernel of this file otherwise.  Reference: dsv4_kernels.attention and
+dsv4_kernels.rope.
 
 One reduction plan.  A query's keys are its window, oldest first, then its entries in rising order.  They are summed in
 tiles of KEY_TILE, and tiles in chains: the window with the first CHAIN entries, then CHAIN entries each.  A chain
 starts from nothing, and chains are added up in their order.  None of this depends on other queries, on the chunk or on
-how many programs share a query, so neither do the bits of the result.  (The two kernels differ in their last bits.)
+how many programs share a query, so neither do the bits of the result.  (The portable kernel's last bits differ from
+those of the kernels for Hopper.)
 
 Arithmetic: keys (= values), queries and weights in fp16, sums in fp32.  e4m3 times a power of two is exact in fp16 down
 to 2^-24; values beyond 65,504 become infinite and show as NaN.  Weights are scaled by 2^14, so that small ones keep
@@ -210,9 +212,11 @@ def _add_chains(
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch is divided: ``parts`` of the channels, ``chains`` as programs of their own.  Changes no bit."""
+    """How a launch is divided: ``parts`` of the channels, ``chains`` as programs of their own.  Changes no bit between
+    "few" and "hopper".
+    """
 
-    kernel: Literal["hopper", "portable"]
+    kernel: Literal["few", "hopper", "portable"]
     parts: int = 1
     chains: int = 1
 
@@ -224,6 +228,10 @@ def plan(device: torch.device, queries: int, heads: int, channels: int, window: 
         return Plan("portable")
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     items = queries * heads // 64
+    # 32 programs for 64 heads and a chain: measured, they are faster up to two waves (8 queries with 512 entries each:
+    # 18 instead of 25 us; 16: 33 instead of 25).
+    if items * 32 * max(1, -(-most // CHAIN)) <= 2 * programs:
+        return Plan("few")
     chains = -(-most // CHAIN) if most > CHAIN and items < programs else 1
     parts = 8
     while parts > 1 and items * chains * parts > programs:
@@ -323,31 +331,37 @@ def sparse_attention(
         return out
     if out.dtype != torch.bfloat16:
         raise ValueError(f"attention on this GPU writes bfloat16, not {out.dtype}; use dtype='bfloat16'")
-    from .attention_hopper import attention_hopper
+    processors = torch.cuda.get_device_properties(q_SHC.device).multi_processor_count
+    if how.kernel == "few":
+        from .attention_few import sum_few
 
-    split = how.chains > 1
-    items = queries * (heads // 64) * how.parts * how.chains
-    programs = min(items, torch.cuda.get_device_properties(q_SHC.device).multi_processor_count)
-    sums = queries * heads * how.chains if split else (programs * 64 if most > CHAIN else 0)
-    partial = torch.empty(sums, channels, dtype=torch.float32, device=q_SHC.device)
-    stats = torch.empty(sums, 2, dtype=torch.float32, device=q_SHC.device)
-    attention_hopper[(programs,)](
-        q_SHC,
-        out,
-        partial,
-        stats,
-        *inputs,
-        chosen,
-        heads,
-        items,
-        how.chains,
-        GATHER=selected is not None,
-        SPLIT=split,
-        PARTS=how.parts,
-        CHAIN=CHAIN,
-        num_warps=8,
-    )
-    if split:
+        partial, stats, chains = sum_few(q_SHC, out, inputs, chosen, most, CHAIN, processors)
+    else:
+        from .attention_hopper import attention_hopper
+
+        chains = how.chains
+        items = queries * (heads // 64) * how.parts * chains
+        programs = min(items, processors)
+        sums = queries * heads * chains if chains > 1 else (programs * 64 if most > CHAIN else 0)
+        partial = torch.empty(sums, channels, dtype=torch.float32, device=q_SHC.device)
+        stats = torch.empty(sums, 2, dtype=torch.float32, device=q_SHC.device)
+        attention_hopper[(programs,)](
+            q_SHC,
+            out,
+            partial,
+            stats,
+            *inputs,
+            chosen,
+            heads,
+            items,
+            chains,
+            GATHER=selected is not None,
+            SPLIT=chains > 1,
+            PARTS=how.parts,
+            CHAIN=CHAIN,
+            num_warps=8,
+        )
+    if chains > 1:
         _add_chains[(queries, heads)](
             partial,
             stats,
@@ -357,7 +371,7 @@ def sparse_attention(
             position_S,
             ratio,
             heads,
-            how.chains,
+            chains,
             CHANNELS=channels,
             CHAIN=CHAIN,
             num_warps=1,

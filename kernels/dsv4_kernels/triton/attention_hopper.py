@@ -33,10 +33,9 @@ SEGMENT = gl.constexpr(2048)
 LIFT = gl.constexpr(14.0)
 LOG2E = gl.constexpr(1.4426950408889634)
 
-# Codes as words of four: a warp reads 64 consecutive bytes of eight rows at a time, 16 bytes a thread.  So a thread
-# keeps to one row.
+# Codes as words of four: a warp reads 64 consecutive bytes of eight rows at a time, 16 bytes a thread.  So a thread of
+# eight warps keeps to one row of 64.
 CODES = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
-HALVES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0]))  # words of two 16-bit floats
 ROW_OF = gl.constexpr(gl.SliceLayout(1, CODES))
 WIDE = gl.constexpr(gl.NVMMASharedLayout(128, 16))
 WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32))  # the same memory as words
@@ -62,13 +61,16 @@ def _numbers(selected_ptr, entry, end, GATHER: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(window_ptr, window_scales, segments_ptr, base, position, ring, entry, number):
-    """HALF packed rows in registers: seven blocks of 64 codes, the rotated channels, the scales.
+def fetch(window_ptr, window_scales, segments_ptr, base, position, ring, entry, number):
+    """Packed rows in registers: seven blocks of 64 codes, the rotated channels, the scales.
 
-    From ``entry`` on: entries, with these row numbers, or, where negative, the window's keys, the last of which is -1.
+    From ``entry`` on: entries, with these row numbers, or, where negative, as many keys of the window, the last of
+    which is -1.
     """
+    CODE: gl.constexpr = number.type.layout.parent
+    HALVES: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])  # words of two 16-bit floats
     if entry < 0:
-        seen = gl.maximum(position + 1 + entry + gl.arange(0, HALF, ROW_OF), 0)
+        seen = gl.maximum(position + 1 + entry + gl.arange(0, number.shape[0], number.type.layout), 0)
         row = (base + gl.where(ring > 0, seen % gl.maximum(ring, 1), seen)).to(gl.int64)
         value, scale = row * BYTES, window_scales + row * SCALES
     else:
@@ -76,7 +78,7 @@ def _fetch(window_ptr, window_scales, segments_ptr, base, position, ring, entry,
         row = (number % SEGMENT).to(gl.int64)
         value, scale = block + row * BYTES, block + (SEGMENT * BYTES + row * SCALES)
     values = (window_ptr + (value >> 4) * 16).to(gl.pointer_type(gl.int32))  # so that the compiler sees the alignment
-    codes = values[:, None] + gl.arange(0, 16, gl.SliceLayout(0, CODES))[None, :]
+    codes = values[:, None] + gl.arange(0, 16, gl.SliceLayout(0, CODE))[None, :]
     rope = gl.convert_layout(values, gl.SliceLayout(1, HALVES))[:, None] + VALUES // 4
     return (
         gl.load(codes),
@@ -92,9 +94,8 @@ def _fetch(window_ptr, window_scales, segments_ptr, base, position, ring, entry,
 
 
 @gluon.jit
-def _block(rows, b: gl.constexpr):
-    """Block ``b`` of fetched rows as fp16, two in a word: int32 [HALF, 32]."""
-    exponent = (rows[8] >> (8 * b)).to(gl.int32) & 0xFF
+def widen(codes, exponent):
+    """e4m3 codes, four in a word, [N, 16], times 2^(exponent - 127), [N]: fp16, two in a word, [N, 32]."""
     twice = gl.inline_asm_elementwise(
         "cvt.rn.f16x2.f32 $0, $1, $1;",
         "=r,r",
@@ -103,7 +104,7 @@ def _block(rows, b: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    codes, scale = gl.broadcast(rows[b], gl.expand_dims(twice, 1))
+    codes, scale = gl.broadcast(codes, gl.expand_dims(twice, 1))
     first, second = gl.inline_asm_elementwise(
         """
         {
@@ -122,12 +123,13 @@ def _block(rows, b: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    return gl.convert_layout(gl.reshape(gl.join(first, second), [HALF, 32]), HALVES)
+    words = gl.reshape(gl.join(first, second), [codes.shape[0], 32])
+    return gl.convert_layout(words, gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0]))
 
 
 @gluon.jit
-def _rope(rows):
-    """The rotated channels of fetched rows, bf16 to fp16, two in a word: int32 [HALF, 32]."""
+def narrow(words):
+    """bf16 to fp16, two in a word."""
     return gl.inline_asm_elementwise(
         """
         {
@@ -138,7 +140,7 @@ def _rope(rows):
         }
         """,
         "=r,r",
-        [rows[7]],
+        [words],
         dtype=gl.int32,
         is_pure=True,
         pack=1,
@@ -146,17 +148,21 @@ def _rope(rows):
 
 
 @gluon.jit
-def _beside(a, b):
-    """[HALF, n] and [HALF, n] -> [HALF, 2n]; moves nothing between threads."""
-    n: gl.constexpr = a.shape[1]
-    return gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), [HALF, 2 * n])
+def _block(rows, b: gl.constexpr):
+    return widen(rows[b], (rows[8] >> (8 * b)).to(gl.int32) & 0xFF)
 
 
 @gluon.jit
-def _unpack(keys, rows):
-    """Fetched rows to shared memory, words [HALF, CHANNELS / 2].  One store, since each is followed by a barrier."""
+def _beside(a, b):
+    """[N, n] and [N, n] -> [N, 2n]; moves nothing between threads."""
+    return gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), [a.shape[0], 2 * a.shape[1]])
+
+
+@gluon.jit
+def unpack(keys, rows):
+    """Fetched rows to shared memory, words [N, CHANNELS / 2].  One store, since each is followed by a barrier."""
     a = _beside(_beside(_block(rows, 0), _block(rows, 1)), _beside(_block(rows, 2), _block(rows, 3)))
-    b = _beside(_beside(_block(rows, 4), _block(rows, 5)), _beside(_block(rows, 6), _rope(rows)))
+    b = _beside(_beside(_block(rows, 4), _block(rows, 5)), _beside(_block(rows, 6), narrow(rows[7])))
     keys.store(_beside(a, b))
 
 
@@ -270,11 +276,11 @@ def attention_hopper(
     base = gl.load(base_ptr + t).to(gl.int32)
     if not SPLIT:  # later items find their queries and windows in place
         number = gl.zeros([HALF], gl.int32, ROW_OF)
-        rows_a = _fetch(window_ptr, window_scales, segments_ptr, base, position, ring, -KEYS, number)
-        rows_b = _fetch(window_ptr, window_scales, segments_ptr, base, position, ring, -HALF, number)
+        rows_a = fetch(window_ptr, window_scales, segments_ptr, base, position, ring, -KEYS, number)
+        rows_b = fetch(window_ptr, window_scales, segments_ptr, base, position, ring, -HALF, number)
         q_s.store(gl.load(_pointers(q_ptr + row0.to(gl.int64) * CHANNELS, CHANNELS, CHANNELS, PLAIN)).to(gl.float16))
-        _unpack(words_a, rows_a)
-        _unpack(words_b, rows_b)
+        unpack(words_a, rows_a)
+        unpack(words_b, rows_b)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         part, chain, t, row0 = _what(item, heads, chains, PARTS)
         _, _, next_t, next_row0 = _what(gl.minimum(item + gl.num_programs(0), items - 1), heads, chains, PARTS)
@@ -303,13 +309,13 @@ def attention_hopper(
                     start += KEYS
                 number_a = _numbers(selected, entry, end, GATHER)
                 number_b = _numbers(selected, entry + HALF, end, GATHER)
-                rows_a = _fetch(window_ptr, window_scales, segments, base, position, ring, entry, number_a)
-                rows_b = _fetch(window_ptr, window_scales, segments, base, position, ring, entry + HALF, number_b)
+                rows_a = fetch(window_ptr, window_scales, segments, base, position, ring, entry, number_a)
+                rows_b = fetch(window_ptr, window_scales, segments, base, position, ring, entry + HALF, number_b)
                 q_s.store(
                     gl.load(_pointers(q_ptr + row0.to(gl.int64) * CHANNELS, CHANNELS, CHANNELS, PLAIN)).to(gl.float16)
                 )
-                _unpack(words_a, rows_a)
-                _unpack(words_b, rows_b)
+                unpack(words_a, rows_a)
+                unpack(words_b, rows_b)
             number_a = _numbers(selected, start, end, GATHER)
             number_b = _numbers(selected, start + HALF, end, GATHER)
             top = gl.full([HEADS], float("-inf"), gl.float32, ROWS)
@@ -325,7 +331,7 @@ def attention_hopper(
                     more = start < end
                 else:
                     more = (start < end) | (item + gl.num_programs(0) < items)
-                rows_a = _fetch(window_ptr, window_scales, segments, next_base, next_position, ring, entry, number_a)
+                rows_a = fetch(window_ptr, window_scales, segments, next_base, next_position, ring, entry, number_a)
                 s = warpgroup_mma_wait(0, [s])
                 if (low > 0) | (high < KEYS):
                     bias = gl.where((key >= low) & (key < high), 0.0, float("-inf"))
@@ -343,7 +349,7 @@ def attention_hopper(
                 barrier()
                 acc = warpgroup_mma(p_s.slice(0, HALF, dim=1), values.slice(0, HALF, dim=0), acc, is_async=True)
                 acc = warpgroup_mma(p_s.slice(HALF, HALF, dim=1), values.slice(HALF, HALF, dim=0), acc, is_async=True)
-                rows_b = _fetch(
+                rows_b = fetch(
                     window_ptr, window_scales, segments, next_base, next_position, ring, entry + HALF, number_b
                 )
                 number_a = _numbers(selected, start + KEYS, end, GATHER)
@@ -357,11 +363,11 @@ def attention_hopper(
                 acc = warpgroup_mma_wait(1, [acc])
                 barrier()
                 if more:
-                    _unpack(words_a, rows_a)
+                    unpack(words_a, rows_a)
                 acc = warpgroup_mma_wait(0, [acc])
                 barrier()
                 if more:
-                    _unpack(words_b, rows_b)
+                    unpack(words_b, rows_b)
                 if not SPLIT:
                     if (start % CHAIN == 0) & (start > 0) & (start < end):  # a chain ends and another one follows
                         total_weight = _over_groups(pair_s, weight, False)
