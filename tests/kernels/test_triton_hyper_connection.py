@@ -56,6 +56,13 @@ def test_sums_do_not_depend_on_who_adds_them(monkeypatch: pytest.MonkeyPatch) ->
     assert same(run(case.part(slice(2, 3))), together, slice(2, 3))
 
 
+def test_the_program_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = streams_case(130, 128, 0, DEVICE)
+    few = run(case)
+    monkeypatch.setattr(kernel, "MANY", 0)
+    assert same(check(case), few, slice(None))
+
+
 def test_first_read_of_an_expanded_embedding() -> None:
     case = streams_case(3, 256, None, DEVICE)
     case.x = case.x[:, :1].expand(-1, 4, -1)
@@ -119,11 +126,12 @@ def test_flash_and_pro(tokens: int, routed: int | None, hidden: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("hidden", [4096, 7168])
 def test_bits_do_not_depend_on_the_chunk(hidden: int) -> None:
-    case = streams_case(8192, hidden, 6, "cuda")
-    together = run(case)
-    assert same(run(case), together, slice(None))
-    for part in (slice(0, 1), slice(8191, 8192), slice(77, 78), slice(60, 130), slice(1, 1001), slice(500, 5000)):
-        assert same(run(case.part(part)), together, part)
+    for routed in (0, 6):
+        case = streams_case(8192, hidden, routed, "cuda")
+        together = run(case)
+        assert same(run(case), together, slice(None))
+        for part in (slice(0, 1), slice(8191, 8192), slice(77, 78), slice(60, 130), slice(1, 1001), slice(500, 5000)):
+            assert same(run(case.part(part)), together, part)
     head = streams_case(300, hidden, 0, "cuda", head=True)
     _, h = head_read(head.x, head.before, head.weights, hc_eps=EPS, norm_eps=EPS)
     for part in (slice(0, 1), slice(299, 300), slice(3, 90)):

@@ -59,6 +59,23 @@ def test_equal_scores_go_to_the_lower_entry(positive: bool, monkeypatch: pytest.
     check(case, 70)
 
 
+@pytest.mark.parametrize("count", [0, 39, 40, 41, 530])
+def test_one_query_by_counting_and_step_by_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways choose alike, with ties (values on a grid) and without; the table may be made for more entries."""
+    case = index_case([4 * count + 2], True, 4, 64, 4, DEVICE)
+    for on_grid in (True, False):
+        if not on_grid:
+            case.q, case.weights = round_fp4(torch.randn_like(case.q)), torch.randn_like(case.weights)
+        q, weights = fold_queries(case.q, case.weights)
+        chosen = [choose_entries(q, weights, case.position, case.segments, 4, most, 40) for most in (count, count + 99)]
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "MOST", 0)
+            chosen.append(choose_entries(q, weights, case.position, case.segments, 4, count, 40))
+        assert torch.equal(chosen[0], chosen[1]) and torch.equal(chosen[0], chosen[2])
+        if on_grid:
+            assert torch.equal(chosen[0][0].long(), case.choice(0, 40))
+
+
 def test_no_queries() -> None:
     assert choose(index_case([], True, 2, 64, 4, DEVICE), 8).shape == (0, 8)
 

@@ -7,6 +7,7 @@ from support.triton_mode import DEVICE  # isort: split
 
 from dsv4_kernels.norm import rms_norm
 from dsv4_kernels.rounding import round_fp8
+from dsv4_kernels.triton import project
 from dsv4_kernels.triton.index import fold_queries
 from dsv4_kernels.triton.project import finish_queries, split_low_rank
 from dsv4_kernels.triton.rows import WindowRows, from_block, row_bytes
@@ -105,6 +106,21 @@ def test_refusals_name_the_alternative() -> None:
         finish_queries(bf16(1, 64), 1, 64, random_phases(1, DEVICE), EPS)
     with pytest.raises(ValueError, match="phases"):
         finish_queries(bf16(1, 128), 1, 128, torch.zeros(1, 64), EPS)
+
+
+def test_rows_do_not_depend_on_who_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs a token, or one."""
+    tokens, low, channels = (4, 256, 128) if DEVICE == "cpu" else (1100, 1024, 512)
+    y, phases = bf16(tokens, low + channels), random_phases(tokens, DEVICE)
+    q_norm, kv_norm = torch.rand(low, device=DEVICE) + 0.5, torch.rand(channels, device=DEVICE) + 0.5
+    position = torch.arange(tokens, device=DEVICE)
+    made = []
+    for few in (0, 1 << 20):
+        monkeypatch.setattr(project, "FEW", few)
+        block = torch.zeros(tokens * row_bytes(channels), dtype=torch.uint8, device=DEVICE)
+        got = split_low_rank(y, q_norm, kv_norm, phases, position, WindowRows(block, torch.zeros_like(position)), EPS)
+        made.append((got.data.view(torch.uint8), got.scale, block))
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
 
 
 @pytest.mark.gpu

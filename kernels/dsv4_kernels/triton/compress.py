@@ -1,7 +1,9 @@
-"""The compressor on the GPU: projected tokens into packed entries and index keys, at any chunk boundary, in one pass.
+"""The compressor on the GPU: projected tokens into packed entries and index keys, at any chunk boundary.
 
-A program makes one entry: it pools the block's tokens, norms, turns, rounds and writes the row.  What a sequence
-carries on from call to call is a ring of its last projected tokens, so no entry depends on where a chunk ends.
+Two launches: a softmax over the tokens of each block, every channel for itself, by as many programs as keep the memory
+busy; then norm, turn, rounding and the row, an entry a program.  A single token's call is one launch.  What a sequence
+carries on from call to call is a ring of its last projected tokens, so no entry depends on where a chunk ends; sums are
+taken in an order that is written out, so that their bits do not depend on the shape of a program either.
 Reference: dsv4_kernels.compress, dsv4_engine.compressor and formats.
 Letters: S tokens, X projected columns, N blocks, R ring slots, C channels, E channels of an index key, T segments.
 """
@@ -15,11 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packing import PDL, begin, check_inputs, store_index_key, store_row, turn
+from .packing import PDL, begin, check_inputs, product, store_index_key, store_row, turn
 from .rows import ROPE, SEGMENT_ROWS
 
 OVERLAPPING = 4  # the ratio whose blocks reach back over the block before
-STEP, STAGES = 8, 3  # tokens of a long block that are pooled at a time, and how many such steps are on their way
+SHARES = 8  # of a long block, pooled beside each other
+ENTRIES, CHANNELS = 4, 64  # short blocks and channels of a program that pools
+SHORT_WARPS, LONG_WARPS = 2, 8  # of a program that makes a row, also for one token: they add up the norm together
+SHORT_PART, LONG_PART = 512, 128  # channels that one token's program pools at a time
 
 _SEGMENT = tl.constexpr(SEGMENT_ROWS)
 
@@ -40,62 +45,100 @@ class Compressing:
 
 
 @triton.jit
-def _tokens(
-    projected_ptr, ape_ptr, ring_ptr, token, position, stride, column, half, RATIO: tl.constexpr,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+def _token(
+    projected_ptr, ape_ptr, apart, token, there, position, stride, column, half: tl.constexpr, RATIO: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """kv and gate, position bias added, of tokens [K] at ``column`` [C] of ``half`` [K]: float32 [K, C] each.
+    """Gate, position bias added, and kv of tokens [N] at ``column`` [C] of a half: float32 [N, C] each.
 
-    Tokens before ``position`` come from the ring, tokens before the sequence have no weight.
+    Tokens before ``position`` come from the ring, ``apart`` from the projected ones; tokens before the sequence have no
+    weight.
     """
-    # The ring as seen from projected_ptr, in a way that shows the compiler the alignment.
-    apart = (ring_ptr.to(tl.int64) - projected_ptr.to(tl.int64)) // ALIGNED * (ALIGNED // 4)
-    new, there = (token >= position)[:, None], (token >= 0)[:, None]
+    new, there = (token >= position)[:, None], (there & (token >= 0))[:, None]
     row = tl.where(token >= position, (token - position) * stride, apart + token % SLOTS * (2 * WIDTH))
-    at = half[:, None] + column[None, :]
-    place = projected_ptr + row[:, None] + at
+    place = projected_ptr + row[:, None] + (half + column)[None, :]
+    gate = tl.load(place + WIDTH, mask=there, other=float("-inf"))
     kv = tl.load(place, mask=there, other=0.0)
-    weight = tl.load(place + WIDTH, mask=there, other=float("-inf"))
-    bias = tl.load(ape_ptr + (token % RATIO)[:, None] * WIDTH + at, mask=new, other=0.0)
-    return kv, tl.where(new, weight + bias, weight)
+    bias = tl.load(ape_ptr + (token % RATIO)[:, None] * WIDTH + (half + column)[None, :], mask=there, other=0.0)
+    return tl.where(new, gate + bias, gate), kv
+
+
+@triton.jit
+def _sum_of_shares(x, ENTRIES: tl.constexpr, SHARES: tl.constexpr):
+    """[ENTRIES * SHARES, C] -> [ENTRIES, C]: the second half of an entry's shares is added to the first, and again."""
+    channels: tl.constexpr = x.shape[1]
+    for bit in tl.static_range(6):
+        if SHARES >> bit > 1:
+            pairs = tl.reshape(x, (ENTRIES, 2, SHARES >> (bit + 1), channels))
+            a, b = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+            x = tl.reshape(a + b, (ENTRIES * (SHARES >> (bit + 1)), channels))
+    return x
 
 
 @triton.jit
 def _pooled(
-    projected_ptr, ape_ptr, ring_ptr, block, position, stride, RATIO: tl.constexpr, SLOTS: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    projected_ptr, ape_ptr, apart, block, finished, position, stride, column, RATIO: tl.constexpr,
+    SLOTS: tl.constexpr, C: tl.constexpr, ENTRIES: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Entry ``block`` before its norm: float32 [C]."""
+    """Entries ``block`` .. block + ENTRIES - 1, those before ``finished``, before their norm: float32 [ENTRIES, c].
+
+    A share of a block is summed over eight tokens at a time, rescaled to the largest gate so far.
+    """
     OVERLAP: tl.constexpr = SLOTS > RATIO
     WIDTH: tl.constexpr = 2 * C if OVERLAP else C
-    column = tl.arange(0, C)
-    step = tl.arange(0, K)
-    first = block * RATIO - (SLOTS - RATIO)
-    top = tl.full([C], float("-inf"), tl.float32)
-    total = tl.zeros([C], tl.float32)
-    weights = tl.zeros([C], tl.float32)
-    for start in tl.range(0, SLOTS, K, num_stages=STAGES):
-        half = tl.where(start + step < SLOTS - RATIO, 0, WIDTH - C)
-        kv, gate = _tokens(
-            projected_ptr, ape_ptr, ring_ptr, first + start + step, position, stride, column, half, RATIO,
-            SLOTS, WIDTH, ALIGNED,
-        )  # fmt: skip
-        new = tl.maximum(top, tl.max(gate, 0))
-        share = tl.exp(gate - new[None, :])
+    BACK: tl.constexpr = SLOTS - RATIO
+    TOKENS: tl.constexpr = SLOTS // SHARES
+    early: tl.constexpr = 0
+    late: tl.constexpr = WIDTH - C
+    share = tl.arange(0, ENTRIES * SHARES)
+    entry = block + share // SHARES
+    there = entry < finished
+    first = entry * RATIO - BACK + share % SHARES * TOKENS
+    zero = tl.zeros([ENTRIES * SHARES, column.shape[0]], tl.float32)
+    top, weights, total = zero + float("-inf"), zero, zero
+    for start in tl.static_range(0, TOKENS, 8):
+        token = first + start
+        g0, k0 = _token(
+            projected_ptr, ape_ptr, apart, token, there, position, stride, column, early, RATIO, SLOTS, WIDTH
+        )
+        g1, k1 = _token(
+            projected_ptr, ape_ptr, apart, token + 1, there, position, stride, column, early, RATIO, SLOTS, WIDTH
+        )
+        g2, k2 = _token(
+            projected_ptr, ape_ptr, apart, token + 2, there, position, stride, column, early, RATIO, SLOTS, WIDTH
+        )
+        g3, k3 = _token(
+            projected_ptr, ape_ptr, apart, token + 3, there, position, stride, column, early, RATIO, SLOTS, WIDTH
+        )
+        g4, k4 = _token(
+            projected_ptr, ape_ptr, apart, token + 4, there, position, stride, column, late, RATIO, SLOTS, WIDTH
+        )
+        g5, k5 = _token(
+            projected_ptr, ape_ptr, apart, token + 5, there, position, stride, column, late, RATIO, SLOTS, WIDTH
+        )
+        g6, k6 = _token(
+            projected_ptr, ape_ptr, apart, token + 6, there, position, stride, column, late, RATIO, SLOTS, WIDTH
+        )
+        g7, k7 = _token(
+            projected_ptr, ape_ptr, apart, token + 7, there, position, stride, column, late, RATIO, SLOTS, WIDTH
+        )
+        most = tl.maximum(tl.maximum(g0, g1), tl.maximum(g2, g3))
+        most = tl.maximum(most, tl.maximum(tl.maximum(g4, g5), tl.maximum(g6, g7)))
+        new = tl.maximum(top, most)
+        g0, g1, g2, g3 = tl.exp(g0 - new), tl.exp(g1 - new), tl.exp(g2 - new), tl.exp(g3 - new)
+        g4, g5, g6, g7 = tl.exp(g4 - new), tl.exp(g5 - new), tl.exp(g6 - new), tl.exp(g7 - new)
         old = tl.exp(top - new)
-        weights = tl.fma(weights, old, tl.sum(share, 0))
-        total = tl.fma(total, old, tl.sum(share * kv, 0))
+        weights = tl.fma(weights, old, ((g0 + g1) + (g2 + g3)) + ((g4 + g5) + (g6 + g7)))
+        total = tl.fma(g0, k0, product(total, old))
+        total = tl.fma(g3, k3, tl.fma(g2, k2, tl.fma(g1, k1, total)))
+        total = tl.fma(g7, k7, tl.fma(g6, k6, tl.fma(g5, k5, tl.fma(g4, k4, total))))
         top = new
+    if SHARES > 1:
+        most = tl.max(tl.reshape(top, (ENTRIES, SHARES, column.shape[0])), 1)[:, None, :]
+        scale = tl.exp(top - tl.reshape(tl.broadcast_to(most, (ENTRIES, SHARES, column.shape[0])), top.shape))
+        weights = _sum_of_shares(product(weights, scale), ENTRIES, SHARES)
+        total = _sum_of_shares(product(total, scale), ENTRIES, SHARES)
     return total / weights
-
-
-@triton.jit
-def _normed(x, norm_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr):
-    """[C] -> [C / BLOCK, BLOCK]"""
-    x = tl.reshape(x, (C // BLOCK, BLOCK))
-    x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / C + eps)
-    column = tl.arange(0, C // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return x * tl.load(norm_ptr + column)
 
 
 @triton.jit
@@ -110,112 +153,147 @@ def _keep_token(
     tl.store(kept + WIDTH, tl.load(here + WIDTH) + tl.load(ape_ptr + (token % RATIO) * WIDTH + column))
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _compress(
-    projected_ptr,
-    stride,
-    position_ptr,
-    phase_ptr,
-    tokens,
-    eps,
-    ape_ptr,
-    norm_ptr,
-    ring_ptr,
-    segments_ptr,
-    index_ape_ptr,
-    index_norm_ptr,
-    index_ring_ptr,
-    index_segments_ptr,
-    RATIO: tl.constexpr,
-    SLOTS: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    E: tl.constexpr,
-    KEEP: tl.constexpr,
-    STAGES: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """One block a program, entries in the first row of the grid, index keys in the second.
+@triton.jit
+def _normed(pooled_ptr, norm_ptr, eps, C: tl.constexpr, BLOCK: tl.constexpr):
+    """[C] -> [C / BLOCK, BLOCK]"""
+    column = tl.arange(0, C // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(pooled_ptr + column)
+    x *= tl.rsqrt(tl.sum(tl.sum(product(x, x), 1), 0) / C + eps)
+    return x * tl.load(norm_ptr + column)
 
-    KEEP: there is one token, which the first program also writes to the ring (no slot that is read is written then).
+
+@triton.jit
+def _finish_entry(pooled_ptr, norm_ptr, segments_ptr, phase_ptr, block, eps, C: tl.constexpr):
+    x = _normed(pooled_ptr, norm_ptr, eps, C, 64)
+    segment = tl.load(segments_ptr + block // _SEGMENT).to(tl.pointer_type(tl.uint8))
+    row = block % _SEGMENT
+    VALUES: tl.constexpr = C + 64
+    SCALES: tl.constexpr = (C // 64 - 1 + 7) // 8 * 8
+    store_row(x, segment + row * VALUES, segment + _SEGMENT * VALUES + row * SCALES, phase_ptr, C)
+
+
+@triton.jit
+def _finish_key(pooled_ptr, norm_ptr, segments_ptr, phase_ptr, block, eps, E: tl.constexpr):
+    x = turn(_normed(pooled_ptr, norm_ptr, eps, E, E), phase_ptr, E - 64)
+    segment = tl.load(segments_ptr + block // _SEGMENT).to(tl.pointer_type(tl.uint8))
+    store_index_key(x, segment + (block % _SEGMENT) * (E // 2 + E // 32), E)
+
+
+@triton.jit
+def _distance(projected_ptr, ring_ptr, ALIGNED: tl.constexpr):
+    """From the projected tokens to the ring, in numbers, in a way that shows the compiler the alignment."""
+    return (ring_ptr.to(tl.int64) - projected_ptr.to(tl.int64)) // ALIGNED * (ALIGNED // 4)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _pool(
+    projected_ptr, stride, position_ptr, tokens, pooled_ptr, ape_ptr, ring_ptr, index_ape_ptr, index_ring_ptr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, C: tl.constexpr, E: tl.constexpr, ENTRIES: tl.constexpr,
+    SHARES: tl.constexpr, PART: tl.constexpr, INDEX_PART: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """ENTRIES blocks and a part of their channels a program: float32 [N, C + E], the index keys' channels last."""
+    begin()
+    position = tl.load(position_ptr)
+    WIDTH: tl.constexpr = 2 * C if SLOTS > RATIO else C
+    local = tl.program_id(0) * ENTRIES
+    block, finished = position // RATIO + local, (position + tokens) // RATIO
+    part = tl.program_id(1)
+    entry = local + tl.arange(0, ENTRIES)
+    shown = (block + tl.arange(0, ENTRIES) < finished)[:, None]
+    out = pooled_ptr + entry[:, None] * (C + E)
+    if part < C // PART:
+        column = part * PART + tl.arange(0, PART)
+        apart = _distance(projected_ptr, ring_ptr, ALIGNED)
+        x = _pooled(
+            projected_ptr, ape_ptr, apart, block, finished, position, stride, column, RATIO, SLOTS, C, ENTRIES, SHARES
+        )
+        tl.store(out + column[None, :], x, mask=shown)
+    elif E > 0:
+        projected_ptr += 2 * WIDTH
+        column = (part - C // PART) * INDEX_PART + tl.arange(0, INDEX_PART)
+        apart = _distance(projected_ptr, index_ring_ptr, ALIGNED)
+        x = _pooled(
+            projected_ptr, index_ape_ptr, apart, block, finished, position, stride, column, RATIO, SLOTS, E, ENTRIES,
+            SHARES,
+        )  # fmt: skip
+        tl.store(out + C + column[None, :], x, mask=shown)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks"])
+def _finish(
+    projected_ptr, stride, position_ptr, phase_ptr, tokens, blocks, eps, pooled_ptr, ape_ptr, norm_ptr, ring_ptr,
+    segments_ptr, index_ape_ptr, index_norm_ptr, index_ring_ptr, index_segments_ptr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """A row of entries or, in the second row of the grid, index keys a program.  The programs behind them keep the last
+    SLOTS tokens in the ring, one each; without overlap those of the unfinished block only.
     """
     begin()
     position = tl.load(position_ptr)
-    block = position // RATIO + tl.program_id(0)
-    finished = block < (position + tokens) // RATIO
     WIDTH: tl.constexpr = 2 * C if SLOTS > RATIO else C
-    if tl.program_id(1) == 0:
-        if KEEP:
-            _keep_token(projected_ptr, ape_ptr, ring_ptr, position, position, stride, RATIO, SLOTS, WIDTH)
-        if finished:
-            x = _pooled(projected_ptr, ape_ptr, ring_ptr, block, position, stride, RATIO, SLOTS, C, K, STAGES, ALIGNED)
-            x = _normed(x, norm_ptr, eps, C, 64)
-            segment = tl.load(segments_ptr + block // _SEGMENT).to(tl.pointer_type(tl.uint8))
-            row = block % _SEGMENT
-            VALUES: tl.constexpr = C + 64
-            SCALES: tl.constexpr = (C // 64 - 1 + 7) // 8 * 8
-            store_row(
-                x,
-                segment + row * VALUES,
-                segment + _SEGMENT * VALUES + row * SCALES,
-                phase_ptr + tl.program_id(0) * 64,
-                C,
-            )
-    elif E > 0:
-        projected_ptr += 2 * WIDTH
-        if KEEP:
-            _keep_token(projected_ptr, index_ape_ptr, index_ring_ptr, position, position, stride, RATIO, SLOTS, 2 * E)
-        if finished:
-            x = _pooled(
-                projected_ptr,
-                index_ape_ptr,
-                index_ring_ptr,
-                block,
-                position,
-                stride,
-                RATIO,
-                SLOTS,
-                E,
-                K,
-                STAGES,
-                ALIGNED,
-            )
-            x = turn(_normed(x, index_norm_ptr, eps, E, E), phase_ptr + tl.program_id(0) * 64, E - 64)
-            segment = tl.load(index_segments_ptr + block // _SEGMENT).to(tl.pointer_type(tl.uint8))
-            store_index_key(x, segment + (block % _SEGMENT) * (E // 2 + E // 32), E)
+    end = position + tokens
+    local = tl.program_id(0)
+    if local < blocks:
+        block = position // RATIO + local
+        if block < end // RATIO:
+            pooled_ptr += local * (C + E)
+            phase_ptr += local * 64
+            if tl.program_id(1) == 0:
+                _finish_entry(pooled_ptr, norm_ptr, segments_ptr, phase_ptr, block, eps, C)
+            elif E > 0:
+                _finish_key(pooled_ptr + C, index_norm_ptr, index_segments_ptr, phase_ptr, block, eps, E)
+    else:
+        token = end - 1 - (local - blocks)
+        first = position
+        if SLOTS == RATIO:
+            first = tl.maximum(position, end // RATIO * RATIO)
+        if token >= first:
+            if tl.program_id(1) == 0:
+                _keep_token(projected_ptr, ape_ptr, ring_ptr, token, position, stride, RATIO, SLOTS, WIDTH)
+            elif E > 0:
+                projected_ptr += 2 * WIDTH
+                _keep_token(projected_ptr, index_ape_ptr, index_ring_ptr, token, position, stride, RATIO, SLOTS, 2 * E)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _keep(
-    projected_ptr,
-    stride,
-    position_ptr,
-    tokens,
-    ape_ptr,
-    ring_ptr,
-    index_ape_ptr,
-    index_ring_ptr,
-    RATIO: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    E: tl.constexpr,
-):
-    """The last SLOTS tokens to the ring, one a program; without overlap those of the unfinished block only."""
+@triton.jit
+def _compress_one(
+    projected_ptr, stride, position_ptr, phase_ptr, eps, pooled_ptr, ape_ptr, norm_ptr, ring_ptr, segments_ptr,
+    index_ape_ptr, index_norm_ptr, index_ring_ptr, index_segments_ptr,
+    RATIO: tl.constexpr, SLOTS: tl.constexpr, C: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr,
+    PART: tl.constexpr, INDEX_PART: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """One token: kept in the ring (no slot that is read is written) and, if it ends a block, made into its row."""
     begin()
     position = tl.load(position_ptr)
-    end = position + tokens
-    token = end - 1 - tl.program_id(0)
-    first = position
-    if SLOTS == RATIO:
-        first = tl.maximum(position, end // RATIO * RATIO)
-    if token < first:
-        return
-    if tl.program_id(1) == 0:
-        _keep_token(projected_ptr, ape_ptr, ring_ptr, token, position, stride, RATIO, SLOTS, WIDTH)
+    WIDTH: tl.constexpr = 2 * C if SLOTS > RATIO else C
+    block, finished = position // RATIO, (position + 1) // RATIO
+    if tl.program_id(0) == 0:
+        _keep_token(projected_ptr, ape_ptr, ring_ptr, position, position, stride, RATIO, SLOTS, WIDTH)
+        if block < finished:
+            apart = _distance(projected_ptr, ring_ptr, ALIGNED)
+            for first in range(0, C, PART):
+                column = first + tl.arange(0, PART)
+                x = _pooled(
+                    projected_ptr, ape_ptr, apart, block, finished, position, stride, column, RATIO, SLOTS, C, 1,
+                    SHARES,
+                )  # fmt: skip
+                tl.store(pooled_ptr + column[None, :], x)
+            tl.debug_barrier()
+            _finish_entry(pooled_ptr, norm_ptr, segments_ptr, phase_ptr, block, eps, C)
     elif E > 0:
-        _keep_token(
-            projected_ptr + 2 * WIDTH, index_ape_ptr, index_ring_ptr, token, position, stride, RATIO, SLOTS, 2 * E
-        )
+        projected_ptr += 2 * WIDTH
+        _keep_token(projected_ptr, index_ape_ptr, index_ring_ptr, position, position, stride, RATIO, SLOTS, 2 * E)
+        if block < finished:
+            apart = _distance(projected_ptr, index_ring_ptr, ALIGNED)
+            for first in range(0, E, INDEX_PART):
+                column = first + tl.arange(0, INDEX_PART)
+                x = _pooled(
+                    projected_ptr, index_ape_ptr, apart, block, finished, position, stride, column, RATIO, SLOTS, E, 1,
+                    SHARES,
+                )  # fmt: skip
+                tl.store(pooled_ptr + C + column[None, :], x)
+            tl.debug_barrier()
+            _finish_key(pooled_ptr + C, index_norm_ptr, index_segments_ptr, phase_ptr, block, eps, E)
 
 
 def compress(
@@ -270,13 +348,67 @@ def compress(
         return
     rows = 2 if index_keys is not None else 1
     pointers = [t.data_ptr() for t in (projected_SX, entries.ring, second.ring)]
-    _compress[(blocks, rows)](
+    pooled = torch.empty(blocks, channels + index_channels, device=projected_SX.device)
+    overlaps = ratio == OVERLAPPING
+    shape = {"RATIO": ratio, "SLOTS": slots, "C": channels, "E": index_channels}
+    pooling = {
+        "SHARES": 1 if overlaps else max(1, min(SHARES, ratio // 8)),
+        "ALIGNED": 16 if all(pointer % 16 == 0 for pointer in pointers) else 4,
+    }
+    warps = SHORT_WARPS if overlaps else LONG_WARPS
+    if tokens == 1:
+        _compress_one[(rows,)](
+            projected_SX,
+            projected_SX.stride(0),
+            position,
+            start_phases,
+            eps,
+            pooled,
+            entries.ape,
+            entries.norm,
+            entries.ring,
+            entries.segments,
+            second.ape,
+            second.norm,
+            second.ring,
+            second.segments,
+            **shape,
+            **pooling,
+            PART=min(SHORT_PART if overlaps else LONG_PART, channels),
+            INDEX_PART=max(index_channels, 1),
+            num_warps=warps,
+            launch_pdl=PDL,
+        )
+        return
+    part, index_part = min(CHANNELS, channels), min(CHANNELS, max(index_channels, 1))
+    together = ENTRIES if overlaps else 1
+    _pool[(triton.cdiv(blocks, together), channels // part + index_channels // index_part)](
+        projected_SX,
+        projected_SX.stride(0),
+        position,
+        tokens,
+        pooled,
+        entries.ape,
+        entries.ring,
+        second.ape,
+        second.ring,
+        **shape,
+        **pooling,
+        ENTRIES=together,
+        PART=part,
+        INDEX_PART=index_part,
+        num_warps=2 if overlaps else 4,
+        launch_pdl=PDL,
+    )
+    _finish[(blocks + min(tokens, slots), rows)](  # also keeps the ring, which the first launch reads
         projected_SX,
         projected_SX.stride(0),
         position,
         start_phases,
         tokens,
+        blocks,
         eps,
+        pooled,
         entries.ape,
         entries.norm,
         entries.ring,
@@ -285,31 +417,7 @@ def compress(
         second.norm,
         second.ring,
         second.segments,
-        RATIO=ratio,
-        SLOTS=slots,
-        K=min(STEP, slots),
-        C=channels,
-        E=index_channels,
-        KEEP=tokens == 1,
-        STAGES=STAGES if slots > STEP else 1,
-        ALIGNED=16 if all(pointer % 16 == 0 for pointer in pointers) else 4,
-        num_warps=4 if ratio == OVERLAPPING else 16,
+        **shape,
+        num_warps=warps,
         launch_pdl=PDL,
     )
-    if tokens > 1:  # a launch of its own, since slots are written that the first one reads
-        _keep[(min(tokens, slots), rows)](
-            projected_SX,
-            projected_SX.stride(0),
-            position,
-            tokens,
-            entries.ape,
-            entries.ring,
-            second.ape,
-            second.ring,
-            RATIO=ratio,
-            SLOTS=slots,
-            WIDTH=factor * channels,
-            E=index_channels,
-            num_warps=4,
-            launch_pdl=PDL,
-        )

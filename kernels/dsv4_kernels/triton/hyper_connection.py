@@ -28,6 +28,8 @@ RANGE = 32  # channels of each stream that are summed from zero
 SUBS = 16  # ranges in a sum of their own, which in prefill one program adds up; sums take turns with the ranges
 TOKENS = 64  # a program of the first kernel: the rows of one tensor core instruction
 WARPS, STAGES, MAXNREG = 8, 1, 128  # of the first kernel: two programs a multiprocessor, which beat longer pipelines
+MANY = 1024  # tokens from which on one longer pipeline a multiprocessor wins, if one result is added and none routed
+MANY_TOKENS, MANY_WARPS, MANY_STAGES = 128, 16, 3  # its program
 READ_WARPS = 8  # of the second
 MIXING = 64  # tokens whose matrices one program normalises
 COLUMNS = 32  # of partial sums: the coefficients, in column 24 the sum of squares, padding
@@ -124,13 +126,16 @@ def _first(x_SJD: Tensor, before: Write | None, out: Tensor, weights: Connection
     tokens, _, hidden = x_SJD.shape
     if weights is not None and weights.norm.shape[0] != hidden:
         raise ValueError(f"streams are {hidden} wide, the hyper-connection's weights {weights.norm.shape[0]}")
-    ranges, tiles = hidden // RANGE, triton.cdiv(tokens, TOKENS)
+    routed = before.routed if before is not None else None
+    tile, warps, stages = TOKENS, WARPS, STAGES
+    if weights is not None and before is not None and routed is None and tokens >= MANY:
+        tile, warps, stages = MANY_TOKENS, MANY_WARPS, MANY_STAGES
+    ranges, tiles = hidden // RANGE, triton.cdiv(tokens, tile)
     parts = triton.cdiv(ranges, SUBS)
     if tiles * parts <= FEW:
         parts = ranges
     partial = torch.empty(parts, tokens if weights is not None else 0, COLUMNS, device=x_SJD.device)
     if tokens:
-        routed = before.routed if before is not None else None
         _write_and_project[(parts, tiles)](
             x_SJD,
             x_SJD.stride(0),
@@ -148,11 +153,11 @@ def _first(x_SJD: Tensor, before: Write | None, out: Tensor, weights: Connection
             COEFFICIENTS=weights.base.shape[0] if weights is not None else 0,
             WRITE=before is not None,
             ROUTED=routed.shape[1] if routed is not None else 0,
-            T=TOKENS,
+            T=tile,
             R=RANGE,
             N=16 if weights is not None and weights.base.shape[0] <= 16 else 32,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            num_warps=warps,
+            num_stages=stages,
             maxnreg=MAXNREG,
             launch_pdl=PDL,
         )

@@ -21,11 +21,14 @@ from torch import Tensor
 
 from ..linear import E2M1_VALUES
 from ..rounding import E4M3_LARGEST, power_of_two_scale
+from .packing import PDL, begin
 from .rows import SEGMENT_ROWS
 from .select import GROUP, select_best
+from .select_one import MOST, select_one
 
 UNITS = 4096  # largest scores that a program of the selection holds in registers
 CANDIDATES = 1024
+PROGRAMS = 512  # that score one query's keys
 SCRATCH_BYTES = 512 << 20
 MOST_KEYS = 1 << 21  # counts of keys take 21 bits in the selection
 
@@ -162,6 +165,8 @@ def _scores(
 
     PACKED: one query and its own packed keys instead of unpacked ones.
     """
+    if PACKED:
+        begin()
     local = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     t = first + local
     valid = t < queries
@@ -265,7 +270,8 @@ def choose_entries(
     entry = torch.empty_like(score, dtype=torch.int32)
     largest = torch.empty(slab, score.shape[1] // GROUP, dtype=torch.float32, device=device)
     group = torch.empty_like(largest, dtype=torch.int32)
-    chunk = 512 if own else 4096
+    # Few programs would wait for one tile of keys after the other.
+    chunk = 64 * triton.cdiv(most, 64 * PROGRAMS) if queries == 1 else 512 if own else 4096
     for first in range(0, queries, slab):
         rows = min(slab, queries - first)
         if most > topk:
@@ -295,7 +301,11 @@ def choose_entries(
                 num_warps=4,
                 num_stages=3,
                 maxnreg=None if own else 128,  # four programs a multiprocessor
+                launch_pdl=PDL and own,
             )
+        if queries == 1 and most <= MOST:
+            select_one(score, position_S, out[0], ratio, most)
+            continue
         select_best[(rows,)](
             score,
             largest,

@@ -44,6 +44,17 @@ def begin():
 
 
 @triton.jit
+def begin_alone():
+    """As `begin`, but the next kernel takes its place only once the one before has ended.
+
+    A large kernel that waits keeps the device from what other streams have ready.
+    """
+    if not _INTERPRETED:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def fetch(pointer, BYTES: tl.constexpr, LINES: tl.constexpr):
     """Start to bring up to LINES x 128 bytes to the L2 cache: weights, which need not wait for the kernel before."""
     if not _INTERPRETED:
@@ -77,6 +88,14 @@ def pinned(x):
 
 
 @triton.jit
+def product(a, b):
+    """a b in float32, rounded, wherever it goes: a plain product may or may not become part of a sum behind it."""
+    if _INTERPRETED:
+        return a * b
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def bf16_dot(a, b, acc):
     """acc + a b for bf16 a and b, products exact, sums in float32."""
     if _INTERPRETED:
@@ -102,8 +121,8 @@ def turn(x, phase_ptr, FIRST: tl.constexpr):
 def hadamard(x):
     """Walsh-Hadamard transform of the rows of float32 [N, C], C a power of two from 64 on, scaled by C^-0.5.
 
-    At least 16 rows.  One row, and one row copied to 16, came out wrong on a GPU with Triton 3.6, for a reason not yet
-    found; `hadamard_of_one` is for those.
+    At least 16 rows.  One row, and one row copied to 16, came out wrong inside the compressor's kernel on a GPU with
+    Triton 3.6 (alone they come out right), for a reason not yet found; `hadamard_of_one` is for those.
     """
     rows: tl.constexpr = x.shape[0]
     width: tl.constexpr = x.shape[1]

@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packing import PDL, begin, check_inputs, e2m1_scale, hadamard, inverse_of, store_row, to_bf16, turn
+from .packing import PDL, begin, begin_alone, check_inputs, e2m1_scale, hadamard, inverse_of, store_row, to_bf16, turn
 from .rounded import Rounded, round_block, to_e4m3
 from .rows import ROPE, WindowRows, row_bytes, value_bytes
 
 HEADS = 8  # a program of `finish_queries`
 INDEX_HEADS = 16
+FEW = 1024  # tokens below which `split_low_rank` takes two programs each
 
 _FOLD_FLOOR = tl.constexpr(448.0 * 2.0**-100)
 
@@ -43,31 +44,37 @@ def _split_low_rank(
     KV_BLOCKS: tl.constexpr,
     BYTES: tl.constexpr,
     SCALES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """One token a program."""
-    begin()
-    t = tl.program_id(0).to(tl.int64)
+    """One token a program; if SPLIT, one program makes qr and another the window row."""
+    begin_alone()  # else wq_b would fill the device before the compressor's products come, on another stream
+    if SPLIT:
+        t = (tl.program_id(0) // 2).to(tl.int64)
+        part = tl.program_id(0) % 2
+    else:
+        t = tl.program_id(0).to(tl.int64)
+        part = 2
     y_ptr += t * (L + C)
-    block = tl.arange(0, Q_BLOCKS)
-    column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
-    inside = (block < L // 128)[:, None]
-    x = tl.load(y_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    kv_block = tl.arange(0, KV_BLOCKS)
-    kv_column = kv_block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    kv_inside = (kv_block < C // 64)[:, None]
-    kv = tl.load(y_ptr + L + kv_column, mask=kv_inside, other=0.0).to(tl.float32)
-
-    x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / L + eps)
-    x = to_bf16(x * tl.load(q_norm_ptr + column, mask=inside, other=0.0))
-    data, scale = round_block(x.to(tl.float32))
-    tl.store(data_ptr + t * L + column, data, mask=inside)
-    tl.store(scale_ptr + t * (L // 128) + block, scale, mask=block < L // 128)
-
-    kv *= tl.rsqrt(tl.sum(tl.sum(kv * kv, 1), 0) / C + eps)
-    kv *= tl.load(kv_norm_ptr + kv_column, mask=kv_inside, other=0.0)
-    position = tl.load(position_ptr + t)
-    row = tl.load(base_ptr + t) + tl.where(ring > 0, position % tl.maximum(ring, 1), position)
-    store_row(kv, window_ptr + row * BYTES, window_ptr + window_scales + row * SCALES, phase_ptr + t * 64, C)
+    if part != 0:
+        position = tl.load(position_ptr + t)
+        row = tl.load(base_ptr + t) + tl.where(ring > 0, position % tl.maximum(ring, 1), position)
+        kv_block = tl.arange(0, KV_BLOCKS)
+        kv_column = kv_block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        kv_inside = (kv_block < C // 64)[:, None]
+        kv = tl.load(y_ptr + L + kv_column, mask=kv_inside, other=0.0).to(tl.float32)
+        kv *= tl.rsqrt(tl.sum(tl.sum(kv * kv, 1), 0) / C + eps)
+        kv *= tl.load(kv_norm_ptr + kv_column, mask=kv_inside, other=0.0)
+        store_row(kv, window_ptr + row * BYTES, window_ptr + window_scales + row * SCALES, phase_ptr + t * 64, C)
+    if part != 1:
+        block = tl.arange(0, Q_BLOCKS)
+        column = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+        inside = (block < L // 128)[:, None]
+        x = tl.load(y_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / L + eps)
+        x = to_bf16(x * tl.load(q_norm_ptr + column, mask=inside, other=0.0))
+        data, scale = round_block(x.to(tl.float32))
+        tl.store(data_ptr + t * L + column, data, mask=inside)
+        tl.store(scale_ptr + t * (L // 128) + block, scale, mask=block < L // 128)
 
 
 def split_low_rank(
@@ -103,7 +110,8 @@ def split_low_rank(
     out = Rounded.empty(tokens, low, y_SX.device)
     if tokens:
         values, size = value_bytes(channels), row_bytes(channels)
-        _split_low_rank[(tokens,)](
+        few = tokens < FEW
+        _split_low_rank[(2 * tokens if few else tokens,)](
             y_SX,
             q_norm_L,
             kv_norm_C,
@@ -122,7 +130,8 @@ def split_low_rank(
             KV_BLOCKS=triton.next_power_of_2(channels // 64),
             BYTES=values,
             SCALES=size - values,
-            num_warps=4,
+            SPLIT=few,
+            num_warps=1,  # which adds a row up without waiting for others
             launch_pdl=PDL,
         )
     return out

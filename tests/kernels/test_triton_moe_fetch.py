@@ -1,0 +1,91 @@
+"""Slots that the device itself keeps filled: the choices of the host's rule, and every byte where the table says.
+
+python -m pytest -m gpu tests/kernels/test_triton_moe_fetch.py   # on a GPU, at V4-Flash's sizes
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4[gpu]'")
+
+from dsv4_engine.offload.layout import ExpertLayout
+from dsv4_engine.offload.policy import HALF_LIFE, Slots
+from dsv4_kernels.triton.moe_fetch import Held, fetch, place
+
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+TOPK = 6
+
+
+def chosen_by(slots: Slots, layer: int, experts: list[int]) -> None:
+    """One token on the host."""
+    slots._pins[:] = 0
+    for expert in experts:
+        if slots.slot_of[layer, expert] >= 0:
+            slots.pin(int(slots.slot_of[layer, expert]))
+    for expert in experts:
+        if slots.slot_of[layer, expert] < 0:
+            slots.claim(layer, expert)
+    slots.used(layer, 1, experts, [1] * len(experts))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(("number", "skewed"), [(TOPK, False), (40, True), (90, False), (4 * 64, True)])
+def test_the_choices_are_the_hosts(device: str, number: int, skewed: bool) -> None:
+    layers, experts, turns = (4, 64, 100) if device == "cuda" else (4, 64, 12)
+    held, slots = Held.empty(layers, experts, number, torch.device(device)), Slots(layers, experts, number)
+    generator = torch.Generator().manual_seed(number)
+    weights, hits = 1 / torch.arange(1.0, experts + 1) if skewed else torch.ones(experts), 0
+    for turn in range(turns):
+        if turn == turns // 2:  # the host goes on for a while, and the device again
+            slots.hold(held.rank.double().cpu().numpy(), held.held.cpu().numpy())
+            for layer in range(layers):
+                chosen_by(slots, layer, list(range(TOPK)))
+            rank, who = slots.held()
+            held.rank.copy_(torch.from_numpy(rank))
+            held.held.copy_(torch.from_numpy(who))
+            held.slot_of.copy_(torch.from_numpy(slots.slot_of))
+        for layer in range(layers):
+            chosen = torch.multinomial(weights.roll(7 * layer), TOPK, generator=generator).sort().values
+            hits += int((slots.slot_of[layer, chosen.numpy()] >= 0).sum())
+            place(held, layer, chosen.int()[None].to(device), HALF_LIFE)
+            chosen_by(slots, layer, chosen.tolist())
+            assert np.array_equal(slots.slot_of, held.slot_of.cpu().numpy())
+    assert held.usage.tolist() == [hits, turns * layers * TOPK - hits]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("form", ["fp4", "fp8"])
+def test_every_byte_arrives(device: str, form: str) -> None:
+    sizes = (4096, 2048) if device == "cuda" else (128, 256)
+    dtype = torch.int8 if form == "fp4" else torch.float8_e4m3fn
+    layers, experts, number = 2, 12, 9
+    layout = ExpertLayout(form, dtype, *sizes)  # type: ignore[arg-type]
+    memory, pool = layout.pool(layers * experts, pinned=device == "cuda"), layout.pool(number, device)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in memory.tensors.values():
+        tensor.view(torch.uint8).random_(0, 256, generator=generator)
+    source_of = torch.randperm(layers * experts, generator=generator).int().view(layers, experts)
+    held = Held.empty(layers, experts, number, torch.device(device))
+    for turn in range(6):
+        layer = turn % layers
+        chosen = torch.randperm(experts, generator=generator)[:TOPK].int()
+        place(held, layer, chosen[None].to(device), HALF_LIFE)
+        fetch(held, layer, source_of.to(device), memory.tensors, pool.tensors)
+        for i, who in enumerate(held.held.tolist()):
+            for name, tensor in pool.tensors.items():
+                source = memory.tensors[name][int(source_of.view(-1)[who])]
+                assert who < 0 or torch.equal(tensor[i].view(torch.uint8).cpu(), source.view(torch.uint8))
+        assert set((layer * experts + chosen).tolist()) <= set(held.held.tolist())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    held = Held.empty(2, 12, 4, torch.device("cpu"))
+    with pytest.raises(ValueError, match="6 experts of layer 0 do not go into 4 slots"):
+        place(held, 0, torch.arange(6, dtype=torch.int32)[None], HALF_LIFE)
+    with pytest.raises(ValueError, match="layer 2"):
+        place(held, 2, torch.arange(3, dtype=torch.int32)[None], HALF_LIFE)
+    with pytest.raises(ValueError, match="int32"):
+        place(held, 0, torch.arange(3)[None], HALF_LIFE)
