@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ from dsv4_engine.gpu.apart_plan import Machine, apart_plan
 from dsv4_engine.gpu.model import GpuModel
 from dsv4_engine.gpu.weights import RandomSource
 from dsv4_engine.offload.layout import ExpertLayout, ExpertPool
-from dsv4_engine.offload.policy import Slots
 from dsv4_engine.offload.store import ExpertStore
 from dsv4_engine.random_weights import first_layers
 from dsv4_engine.weights import Published
@@ -145,6 +145,13 @@ def link_rate(store: ExpertStore, pool: GpuPool) -> float:
     return best
 
 
+def emptied(pool: GpuPool) -> None:
+    """Nothing is in its slots."""
+    pool.begin(tokens=2)
+    pool.slots.hold(np.full((pool.slots.layers, pool.slots.experts), -np.inf), np.full(pool.slots.slots, -1))
+    pool._pinned, pool._early, pool._arrived = [], {}, {}
+
+
 def prefill_seconds(model: GpuModel, config: ModelConfig, tokens: int) -> float:
     """Of a second chunk; the first one compiles and fills the pool."""
     generator = torch.Generator().manual_seed(3)
@@ -183,16 +190,13 @@ def measured(config: ModelConfig, store: ExpertStore, slots: int, given: argpars
     logits, state = begun(model, config)
     row: dict[str, Any] = {"slots": slots, "share": slots / store.pool.slots, "logits": logits}
     row["link"] = link_rate(store, pool_of(residency))
-    pool = pool_of(residency)  # its slots were written over
-    pool.slots = Slots(store.slots.layers, store.slots.experts, slots)
-    pool._pinned, pool._early, pool._arrived = [], {}, {}
+    emptied(pool_of(residency))  # its slots were written over
     for name, skewed in (("uniform", False), ("skewed", True)):
         routing = Routing(config, model, skewed)
         steps(model, routing, state, WARM_STEPS)
-        usage = pool.usage
-        before = dict(vars(usage))
+        before = vars(residency.usage)
         took = steps(model, routing, state, given.steps)
-        delta = {key: value - before[key] for key, value in vars(usage).items()}
+        delta = {key: value - before[key] for key, value in vars(residency.usage).items()}
         row[name] = {
             "ms": 1e3 * statistics.median(took),
             "hit_rate": delta["hits"] / (delta["hits"] + delta["misses"]),
@@ -214,6 +218,7 @@ def resident(config: ModelConfig, store: ExpertStore, given: argparse.Namespace)
     row: dict[str, Any] = {"logits": logits}
     model.chosen, model._steps = None, Steps(model.stages, None)
     pool = pool_of(residency)
+    pool.begin(tokens=2)
     for layer in range(config.num_hidden_layers):
         for expert in range(config.n_routed_experts):
             if pool.slots.slot_of[layer, expert] < 0:
@@ -283,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--limits", default="24,48,80", help="GiB of GPU memory")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of a chunk; 0: none")
     parser.add_argument("--accelerate", type=int, default=3, help="layers to time under Accelerate; 0: none")
     given = parser.parse_args(arguments)

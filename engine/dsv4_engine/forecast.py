@@ -101,8 +101,10 @@ def forecast(config: ModelConfig, plan: MemoryPlan, rates: Rates) -> Forecast:
         times["the disk"] = on_disk * (missed if rates.gpu is not None else 1) * moved / rates.disk
         chunks["the disk"] = on_disk * most / rates.disk
     decode_for, prefill_for = (max(found, key=lambda what: found[what]) for found in (times, chunks))
+    # A layer's missing experts are known only behind its router: what computes does not overlap with their way.
+    step_s = times["computing"] + times["the link"] if rates.gpu is not None else 0.0
     return Forecast(
-        decode_tok_s=1 / times[decode_for],
+        decode_tok_s=1 / max(step_s, times[decode_for]),
         decode_bound=decode_for,
         prefill_tok_s=chunk / chunks[prefill_for],
         prefill_bound=prefill_for,

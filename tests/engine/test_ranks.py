@@ -1,5 +1,9 @@
-"""Two processes that compute one model: the logits of one, whatever the sessions do, and refusals."""
+"""Two processes that compute one model: the logits of one, whatever the sessions do, and refusals.
 
+python -m pytest -m gpu tests/engine/test_ranks.py   # on two GPUs, through NCCL
+"""
+
+import logging
 import os
 import subprocess
 import sys
@@ -7,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv4_engine import Engine
 from dsv4_engine.errors import DeviceError
@@ -16,7 +21,15 @@ from dsv4_engine.ranks import ALONE, Ranks, launched
 from dsv4_engine.source import Source
 from support.random_checkpoint import make_checkpoint, small_config
 
+log = logging.getLogger(__name__)
 TOLERANCE = 2e-5  # of the largest logit, float32 without cache rounding
+# V4-Flash's widths with few experts and tokens.
+FLASH = {
+    "vocab_size": 1024, "hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "q_lora_rank": 1024,
+    "o_groups": 8, "o_lora_rank": 1024, "sliding_window": 128, "index_n_heads": 64, "index_head_dim": 128,
+    "index_topk": 64, "moe_intermediate_size": 512, "n_routed_experts": 8, "num_experts_per_tok": 6,
+    "compress_ratios": [0, 4, 128], "num_hash_layers": 1, "swiglu_limit": 10.0,
+}  # fmt: skip
 
 PROGRAM = """
 import sys, torch
@@ -26,16 +39,17 @@ from dsv4_engine.ranks import join, launched, leave
 
 torch.set_num_threads(1)
 ranks = launched()
-folder, kv_dtype, out = sys.argv[1:]
+folder, kv_dtype, out, device, experts = sys.argv[1:]
 if ranks.rank:
     join(ranks)
     follow(ranks)
 else:
-    engine = Engine.load(folder, kv_dtype=kv_dtype, ctx=2048)
+    engine = Engine.load(folder, kv_dtype=kv_dtype, ctx=2048, device=device, device_map=experts)
     assert ranks.count == 1 or engine.model.blocks[0].attn.wq_b.shape[0] * ranks.count == (
         engine.config.num_attention_heads * engine.config.head_dim
     )
-    assert len(engine.model.blocks[0].ffn.experts) * ranks.count == engine.config.n_routed_experts
+    held = len(engine.model.blocks[0].ffn.experts)
+    assert engine.plan.slots or held * ranks.count == engine.config.n_routed_experts
     ids = torch.randint(0, 256, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     session = engine.session()
     logits = [session.extend(ids[:200], logits="all")]
@@ -47,20 +61,22 @@ else:
     moved._state, moved.tokens = fork.state.fork(), list(fork.tokens)
     moved._state.version = None  # as a state from the prefix cache: the others do not have it
     logits += [moved.extend(ids[:9], logits="all")]
-    torch.save(torch.cat(logits), out)
+    torch.save(torch.cat([each.cpu() for each in logits]), out)
     dismiss(ranks)
 leave()
 """
 
 
-def run(count: int, folder: Path, kv_dtype: str, out: Path) -> torch.Tensor:
+def run(
+    count: int, folder: str | Path, kv_dtype: str, out: Path, *, device: str = "cpu", experts: str | Path = "auto"
+) -> Tensor:
     """What PROGRAM's sessions give in ``count`` processes."""
     port = 20_000 + os.getpid() % 20_000
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder), kv_dtype, str(out)],
+            [sys.executable, "-c", PROGRAM, str(folder), kv_dtype, str(out), device, str(experts)],
             env=environment | {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -87,6 +103,34 @@ def test_a_published_model_is_divided_between_its_scale_blocks(tmp_path: Path) -
     # A sum in another order moves a value over a rounding boundary now and then (docs/numerics.md).
     off = (one - two).abs().amax(-1) / one.abs().max()
     assert off.median() < 2e-3 and off.quantile(0.95) < 3e-2
+
+
+def test_each_process_reads_its_own_experts_from_disk(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "q_lora_rank": 128, "o_lora_rank": 128, "head_dim": 128, "moe_intermediate_size": 256}
+    folder = make_checkpoint(tmp_path / "model", quantised=True, **sizes)
+    where = tmp_path / "map.json"
+    where.write_text('{"": "cpu", "layers.*.ffn.experts": "disk"}')
+    memory, disk = (run(2, folder, "mixed", tmp_path / f"{m}", experts=m) for m in ("auto", where))
+    assert torch.equal(memory, disk)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("model", ["plain", "bundled", "flash"])
+def test_two_gpus_give_the_logits_of_one(tmp_path: Path, model: str) -> None:
+    folder: str | Path = "tiny"
+    if model == "plain":
+        folder = make_checkpoint(tmp_path / "model", index_n_heads=16, num_attention_heads=8, o_groups=4)
+    if model == "flash":
+        folder = make_checkpoint(tmp_path / "model", mtp=False, **FLASH)
+    kv_dtype = "mixed" if model == "bundled" else "fp32"
+    one, two = (run(count, folder, kv_dtype, tmp_path / f"{count}", device="cuda") for count in (1, 2))
+    off = (one - two).abs().amax(-1) / one.abs().max()
+    log.info("%s: half of the tokens within %.1e of the largest logit, all within %.1e", model, off.median(), off.max())
+    if kv_dtype == "fp32":
+        assert off.max() < TOLERANCE
+    else:
+        assert off.median() < 2e-3 and off.quantile(0.95) < 3e-2  # as on the CPU above
 
 
 def test_a_count_that_does_not_divide_the_heads_is_refused(tmp_path: Path) -> None:

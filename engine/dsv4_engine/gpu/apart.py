@@ -1,7 +1,8 @@
 """Routed experts that do not fit a GPU: a pool of slots there over memory, filled while the model computes.
 
 Owns the copies and when they may overwrite a slot; which expert goes where is policy.py's business, and memory's
-experts are store.py's.  `Residency` is what layer.py calls between a layer's routing and its experts.
+experts are store.py's.  `Residency` is what layer.py calls between a layer's routing and its experts.  The host serves
+prompts, and single tokens where files stand behind memory; else those are apart_step.py's, without the host.
 Letters: S tokens, K experts a token, E experts.
 """
 
@@ -21,6 +22,8 @@ from dsv4_kernels.triton.moe import ExpertPool as KernelPool
 from ..config import ModelConfig
 from ..offload.policy import Slots, Usage
 from ..offload.store import ExpertStore
+from .apart_step import StepPool
+from .stage import on
 from .weights import PackedSource
 
 EXACT_BINADES = 14  # that a matrix row's scales may span: FP4 codes become e4m3 relative to the largest
@@ -28,15 +31,19 @@ FEW = 64  # chosen experts up to which their numbers are read as they are; more 
 
 
 class GpuPool:
-    """One GPU's slots for the experts of its layers, over a store in memory."""
+    """One GPU's slots for the experts of its layers, over a store in memory, which is filled if it has room for all."""
 
     def __init__(self, store: ExpertStore, device: torch.device, slots: int) -> None:
         self.store, self.device, self._complete = store, device, store.complete
         layers, experts = store.slots.layers, store.config.n_routed_experts
         self.slots = Slots(layers, experts, slots)
         self.pool = store.pool.layout.pool(slots, device)
-        self.usage = Usage()
+        self._usage = Usage()
+        self.step = StepPool(store, self.pool, self.slots) if self._complete else None
+        self._stepping = False  # who knows what is where: the device's own table, or `slots`
         self._tables = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
+        if self.step is not None:
+            self._tables = self.step.held.slot_of
         self._host = torch.full((layers, experts), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._counts = torch.zeros(experts, dtype=torch.int32, device=device)
         self._ids = torch.zeros(max(FEW, experts), dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -54,19 +61,42 @@ class GpuPool:
             w13, w2 = w13.view(torch.uint8), w2.view(torch.uint8)
         return KernelPool(w13, tensors["s13"], w2, tensors["s2"], self._tables[layer])
 
+    @property
+    def usage(self) -> Usage:
+        """So far; waits for the device."""
+        return self._usage if self.step is None else self._usage.plus(self.step.usage)
+
+    def begin(self, tokens: int) -> None:
+        """A pass over so many tokens begins: the table goes to whoever serves it."""
+        step = self.step
+        if step is None or self._stepping == (tokens == 1):
+            return
+        self._stepping = tokens == 1
+        if not self._stepping:
+            step.give(self.slots)
+            return
+        if self._copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        self._pinned, self._early, self._arrived = [], {}, {}
+        step.take(self.slots)
+
     def resident(self, layer: int, chosen_SK: Tensor, following: int | None) -> None:
         """See that the chosen experts of a layer are there before what is launched next.
 
         following: the next layer with experts in this pool; a prompt's chunk needs most of them too.
         """
         tokens = chosen_SK.shape[0]
+        if self._stepping:
+            assert self.step is not None
+            self.step.resident(layer, chosen_SK)
+            return
         counts = self._read(chosen_SK)  # everything launched before is done once this is known
         for slot in self._pinned:
             self.slots.unpin(slot)
         self._pinned = []
         missing = self._pin(layer, counts)
-        self.usage.hits += len(counts) - len(missing)
-        self.usage.misses += len(missing)
+        self._usage.hits += len(counts) - len(missing)
+        self._usage.misses += len(missing)
         self._copy(layer, missing, tokens, counts)
         self._publish(layer, bool(missing))
         self.slots.used(layer, tokens, list(counts), list(counts.values()))
@@ -130,7 +160,7 @@ class GpuPool:
             self._pinned.append(self._into_slot(layer, expert, source))
             if not self._complete and self._copies is not None:
                 self._copies.synchronize()  # the slot in memory may be another's from now on
-        self.usage.waited_s += time.perf_counter() - before
+        self._usage.waited_s += time.perf_counter() - before
 
     def _into_slot(self, layer: int, expert: int, source: int) -> int:
         """Copy from a slot in memory; returns the slot here, which nothing uses that is not done."""
@@ -139,8 +169,8 @@ class GpuPool:
         with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
             for memory, here in self._parts:
                 here[slot].copy_(memory[source], non_blocking=True)
-        self.usage.fetched += 1
-        self.usage.bytes += self.pool.layout.nbytes
+        self._usage.fetched += 1
+        self._usage.bytes += self.pool.layout.nbytes
         return slot
 
     def _publish(self, layer: int, missed: bool) -> None:
@@ -176,6 +206,7 @@ class Residency:
     def __init__(self, pools: Mapping[int, GpuPool], hashed: Mapping[int, np.ndarray]) -> None:
         """pools: by layer, of those whose experts are apart.  hashed: of these, the experts by token id, [V, K]."""
         self.pools, self.hashed = dict(pools), dict(hashed)
+        self._each = list({id(pool): pool for pool in self.pools.values()}.values())
         layers = sorted(self.pools)
         self._following = {
             layer: after if self.pools[layer] is self.pools[after] else None for layer, after in pairwise(layers)
@@ -188,17 +219,26 @@ class Residency:
 
     def begin(self, token_ids_S: Tensor) -> None:
         """A forward pass over these ids, which lie on the host, begins: hash layers' experts are known already."""
+        for pool in self._each:
+            with on(pool.device):
+                pool.begin(token_ids_S.shape[0])
+        if token_ids_S.shape[0] == 1 and self.recorded:
+            return
         for layer, table in self.hashed.items():
             experts = np.unique(table[token_ids_S.numpy()])
             self.pools[layer].expect(layer, experts.tolist())
 
     @property
+    def recorded(self) -> bool:
+        """Whether what is called for a single token only launches kernels, so that it may be part of a recording."""
+        return all(pool.step is not None for pool in self._each)
+
+    @property
     def usage(self) -> Usage:
         """Over all GPUs."""
         total = Usage()
-        for pool in {id(pool): pool for pool in self.pools.values()}.values():
-            for name, value in vars(pool.usage).items():
-                setattr(total, name, getattr(total, name) + value)
+        for pool in self._each:
+            total = total.plus(pool.usage)
         return total
 
 

@@ -43,20 +43,21 @@ def expert_layout(weights: Weights) -> ExpertLayout:
     return ExpertLayout(form, DTYPES[dtype], config.hidden_size, config.moe_intermediate_size)
 
 
-def expert_layers(weights: Weights) -> list[str]:
+def expert_layers(weights: Weights, mtp: bool = True) -> list[str]:
     """The prefixes of all layers with experts, in the order in which they are computed: "layers.0.ffn.", ..."""
     layers = [f"layers.{i}.ffn." for i in range(weights.config.num_hidden_layers)]
-    return layers + (["mtp.0.ffn."] if weights.has_mtp else [])
+    return layers + (["mtp.0.ffn."] if mtp and weights.has_mtp else [])
 
 
 class ExpertFiles:
     """Reads an expert by its layer's number and its own.  Several threads may read at once.
 
     binades: the most that a matrix row's scales may span, which is what the GPU's kernels hold exactly; None: any.
+    mtp: the MTP block's are among them, where there is one.
     """
 
-    def __init__(self, weights: Weights, binades: int | None = None) -> None:
-        self.weights, self.layers, self.binades = weights, expert_layers(weights), binades
+    def __init__(self, weights: Weights, binades: int | None = None, mtp: bool = True) -> None:
+        self.weights, self.layers, self.binades = weights, expert_layers(weights, mtp), binades
         self.layout = expert_layout(weights)
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()

@@ -30,6 +30,10 @@ class Usage:
     bytes: int = 0
     waited_s: float = 0.0
 
+    def plus(self, other: Usage) -> Usage:
+        """Both together."""
+        return Usage(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
     @property
     def hit_rate(self) -> float:
         return self.hits / max(self.hits + self.misses, 1)
@@ -95,6 +99,22 @@ class Slots:
             self.slot_of[divmod(held, self.experts)] = -1
         self._held[slot] = -1
         self._leaves[slot] = _EMPTY
+
+    def held(self) -> tuple[np.ndarray, np.ndarray]:
+        """All that the rule goes by: log2 of the scores [layers, experts], and who is in each slot (layer x experts +
+        expert, -1: nobody), for whoever takes over (`hold` there or here).
+        """
+        return self._rank, self._held
+
+    def hold(self, rank: np.ndarray, held: np.ndarray) -> None:
+        """Go on from there, with nothing pinned."""
+        self._rank, self._held = rank.astype(np.float64), held.astype(np.int64)
+        self._pins[:] = 0
+        there = np.flatnonzero(held >= 0)
+        self.slot_of[:] = -1
+        self.slot_of.reshape(-1)[held[there]] = there
+        self._leaves[:] = _EMPTY
+        self._leaves[there] = np.maximum(self._rank.reshape(-1)[held[there]], _EMPTY / 2)
 
     @property
     def pinned(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,12 +47,15 @@ class ExpertStore:
         slots: int,
         apart: Collection[int] | None = None,
         pinned: bool = False,
+        own: range | None = None,
     ) -> None:
         """slots: experts held in memory at most, MIN_SLOTS at least.  apart: the layers it is for; None: all.
 
-        pinned: in page-locked memory, for copies to a GPU.
+        pinned: in page-locked memory, for copies to a GPU.  own: the experts of each layer that this process computes;
+        None: all.
         """
         assert slots >= MIN_SLOTS
+        self.own = range(config.n_routed_experts) if own is None else own
         self.files, self.config, self.apart = files, config, apart
         self.pool = files.layout.pool(slots, pinned=pinned)
         self.slots = Slots(len(files.layers), config.n_routed_experts, slots)
@@ -78,7 +81,20 @@ class ExpertStore:
         """Whether there is room for every expert, so that none ever leaves."""
         layers = self.slots.layers if self.apart is None else len(self.apart) + self.slots.layers
         layers -= 0 if self.apart is None else self.config.num_hidden_layers
-        return self.pool.slots >= layers * self.slots.experts
+        return self.pool.slots >= layers * len(self.own)
+
+    def fill(self, seen: Callable[[int], object] | None = None) -> None:
+        """Read every expert now, where there is room for all; seen(bytes) is called for each.
+
+        Raises CheckpointError for what cannot be read.
+        """
+        assert self.complete
+        everyone = dict.fromkeys(self.own, 1)
+        for layer in filter(self._is_apart, range(self.config.num_hidden_layers)):
+            for _ in self.use_slots(layer, 1, everyone):
+                if seen is not None:
+                    seen(self.pool.layout.nbytes)
+        self.usage = Usage()
 
     def _is_apart(self, layer: int) -> bool:
         return layer < self.config.num_hidden_layers and (self.apart is None or layer in self.apart)
@@ -140,10 +156,8 @@ class ExpertStore:
                 ready.append((expert, slot))
             self.usage.hits += len(ready)
             self.usage.misses += len(coming)
-            if 2 * len(counts) > self.slots.experts and self._is_apart(layer + 1):
-                self._queue_ahead(
-                    layer + 1, range(self.slots.experts)
-                )  # a prompt is read: the next layer needs most too
+            if 2 * len(counts) > len(self.own) and self._is_apart(layer + 1):
+                self._queue_ahead(layer + 1, self.own)  # a prompt is read: the next layer needs most too
             self._work()
         return ready, coming
 
@@ -259,11 +273,13 @@ class LayerExperts:
 
     def expect(self, chosen_SK: Tensor) -> None:
         """These experts will be chosen."""
-        self.store.expect(self.layer, set(chosen_SK.flatten().tolist()))
+        self.store.expect(self.layer, set(chosen_SK.flatten().tolist()).intersection(self.store.own))
 
     def mixture(self, u_SD: Tensor, chosen_SK: Tensor, weights_SK: Tensor, limit: float) -> Tensor:
-        """As `dsv4_kernels.moe.mixture`: float32 [S, D]."""
-        tokens = u_SD.shape[0]
-        return streamed_mixture(
-            u_SD, lambda counts: self.store.use(self.layer, tokens, counts), chosen_SK, weights_SK, limit
-        )
+        """As `dsv4_kernels.moe.mixture`, of this process' own experts: float32 [S, D]."""
+        tokens, own = u_SD.shape[0], self.store.own
+
+        def used(counts: Mapping[int, int]) -> Iterator[tuple[int, Expert]]:
+            return self.store.use(self.layer, tokens, {e: n for e, n in counts.items() if e in own})
+
+        return streamed_mixture(u_SD, used, chosen_SK, weights_SK, limit)

@@ -16,11 +16,13 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4
 from dsv4_engine import Engine
 from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
-from dsv4_engine.device_map import Limits
+from dsv4_engine.device_map import DeviceMap, Limits
 from dsv4_engine.errors import CheckpointError, MemoryPlanError
 from dsv4_engine.gpu.apart import EXACT_BINADES, GpuPool, Residency
+from dsv4_engine.gpu.apart_plan import Machine, apart_plan
 from dsv4_engine.offload.disk import ExpertFiles
 from dsv4_engine.offload.store import ExpertStore
+from dsv4_engine.placement import program_bytes
 from dsv4_engine.weights import Weights
 from support.random_checkpoint import make_checkpoint
 
@@ -61,11 +63,12 @@ def check(pool: GpuPool, weights: Weights, layer: int, chosen: torch.Tensor) -> 
 @pytest.mark.parametrize("slots", [EXPERTS, 40, LAYERS * EXPERTS])
 def test_tables_point_to_what_was_chosen(weights: Weights, memory: int, slots: int) -> None:
     store = store_of(weights, memory)
+    if store.complete:
+        store.fill()
     pool = GpuPool(store, CPU, slots)
     residency = Residency(dict.fromkeys(range(LAYERS), pool), {0: np.arange(512).reshape(256, 2) % EXPERTS})
     generator = torch.Generator().manual_seed(slots)
-    for turn in range(6):
-        tokens = (1, 1, 200, 1, 40, 1)[turn]
+    for tokens in (1, 1, 200, 1, 40, 1, 1):
         residency.begin(torch.randint(256, (tokens,), generator=generator))
         for layer in range(LAYERS):
             chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(6).indices.int()
@@ -81,8 +84,7 @@ def test_tables_point_to_what_was_chosen(weights: Weights, memory: int, slots: i
 
 def test_a_prompts_next_layer_comes_early(weights: Weights) -> None:
     store = store_of(weights, LAYERS * EXPERTS)
-    for layer in range(LAYERS):
-        list(store.use(layer, 1, dict.fromkeys(range(EXPERTS), 1)))
+    store.fill()
     pool = GpuPool(store, CPU, LAYERS * EXPERTS)
     residency = Residency(dict.fromkeys(range(LAYERS), pool), {})
     everyone = torch.arange(EXPERTS, dtype=torch.int32).repeat(8)[:, None]
@@ -121,36 +123,50 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("gpu") / "m", quantised=True, mtp=False, **SHAPE)
 
 
+def limits_for(engine: Engine, slots: int, memory: int | None = None) -> Limits:
+    """Limits that leave room for so many experts on the GPU, and for about ``memory`` of them behind it."""
+    config, specs, forms = engine.config, engine.weights.specs, engine.weights.forms
+    layers = config.num_hidden_layers
+    homes = DeviceMap("cuda:0", ("cuda:0",) * layers, ("cpu",) * layers, "cuda:0")
+    room = 1 << 40
+    for _ in range(8):  # a smaller room has smaller chunks, which leave more of it
+        plan = apart_plan(config, specs, forms.__getitem__, Machine(("cuda:0",), (room,), 1 << 40, 0), 4096, homes)
+        room = plan.total("cuda:0") - (plan.gpu_slots[0] - slots) * plan.expert_bytes
+    assert plan.gpu_slots == (slots,)
+    return Limits(gpu=(room,), cpu=None if memory is None else program_bytes() + memory * plan.expert_bytes)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("home", ["cpu", "disk"])
-def test_logits_have_the_same_bits(folder: Path, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("memory", [None, 220], ids=["memory", "disk"])
+def test_logits_have_the_same_bits(folder: Path, memory: int | None, tmp_path: Path) -> None:
     where = tmp_path / "map.json"
-    where.write_text(f'{{"": 0, "layers.*.ffn.experts": "{home}"}}')
+    where.write_text('{"": 0, "layers.*.ffn.experts": "disk"}')
     whole = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096)
-    apart = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, device_map=where)
-    size = apart.plan.total("cuda:0") - (apart.plan.gpu_slots[0] - 150) * apart.plan.expert_bytes
-    apart = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, device_map=where, limits=Limits(gpu=(size,)))
-    assert 64 <= apart.plan.gpu_slots[0] < 6 * 64
+    limits = limits_for(whole, 150, memory)
+    apart = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, device_map=where, limits=limits)
+    assert apart.plan.gpu_slots == (150,)
+    assert (apart.plan.slots == 6 * 64) == (memory is None)
     ids = torch.randint(512, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
     a, b = whole.session(), apart.session()
     assert torch.equal(a.extend(ids, logits="all").cpu(), b.extend(ids, logits="all").cpu())
     for token in ids[:40]:
         assert torch.equal(a.extend([token]).cpu(), b.extend([token]).cpu())
+    assert torch.equal(a.extend(ids[:300], logits="all").cpu(), b.extend(ids[:300], logits="all").cpu())
+    for token in ids[40:60]:
+        assert torch.equal(a.extend([token]).cpu(), b.extend([token]).cpu())
 
 
 @pytest.mark.gpu
 def test_a_gpu_limit_is_kept_to(folder: Path) -> None:
-    whole = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096)
-    size = whole.plan.needed - whole.plan.weights // 3
-    del whole
+    limits = limits_for(Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096), 100)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    engine = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, limits=Limits(gpu=(size,)))
+    engine = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, limits=limits)
     session = engine.session()
     session.extend(list(range(500)) * 4)
     for token in range(20):
         session.extend([token])
-    assert torch.cuda.max_memory_allocated() - before <= size
+    assert torch.cuda.max_memory_allocated() - before <= limits.gpu[0]
     with pytest.raises(MemoryPlanError, match=r"one layer's 64 experts"):
         Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, limits=Limits(gpu=(1 << 20,)))

@@ -226,3 +226,37 @@ def test_experts_in_several_forms_are_refused(tmp_path: Path) -> None:
     object.__setattr__(weights, "forms", forms)
     with pytest.raises(CheckpointError, match="one form"):
         expert_layout(weights)
+
+
+def test_a_store_with_room_for_all_is_filled_once(fp4: Weights) -> None:
+    """All are read when the model is loaded; what is seen adds up to the files' bytes, those of the MTP block aside."""
+    config = fp4.config
+    number = config.num_hidden_layers * config.n_routed_experts
+    layers = range(config.num_hidden_layers)
+    store = ExpertStore(ExpertFiles(fp4, mtp=False), config, number, layers)
+    assert store.complete
+    found: list[int] = []
+    store.fill(found.append)
+    fp4.check_values(found.append, layers, read=True)
+    twice = 2 * fp4.total_bytes - sum(fp4.nbytes(n) for n in fp4.specs if n.startswith("mtp.0.ffn.experts."))
+    assert sum(found) == twice - sum(fp4.nbytes(n) for n in fp4.specs if ".experts." not in n)  # not yet in place
+    check_idle(store)
+    assert store.usage.fetched == 0
+    for layer in layers:
+        for expert, slot in enumerate(store.where(layer, range(config.n_routed_experts))):
+            held = store.pool.expert(slot)
+            assert same(held.w2, mapped(fp4, layer, expert).w2)
+
+
+def test_a_process_reads_no_experts_but_its_own(fp4: Weights) -> None:
+    own = range(12, 24)
+    store = ExpertStore(ExpertFiles(fp4), fp4.config, 20, own=own)
+    chosen = torch.arange(24, dtype=torch.int32).repeat(4)[:, None]
+    experts = store.layer("layers.1.ffn.")
+    assert experts is not None
+    experts.expect(chosen)
+    u, weights = torch.randn(96, fp4.config.hidden_size), torch.ones(96, 1)
+    got = experts.mixture(u, chosen, weights, 4.0)
+    assert not got[chosen[:, 0] < 12].any() and got[chosen[:, 0] >= 12].any(1).all()
+    check_idle(store)
+    assert (store.slots.slot_of[1] >= 0).any() and not (store.slots.slot_of[:, : own.start] >= 0).any()
