@@ -4,7 +4,7 @@
     python -m benchmarks.flash_gpu --device cuda:0,cuda:1           # the whole model on two
     python -m benchmarks.flash_gpu --layers 6 --decode 4K --prefill 16K --breakdown
 
-Sessions run as they do for any model: ids in, logits out, each next token chosen on the host.  Outputs are
+Sessions run as they do for any model: each next token is chosen before the next step, greedily or drawn.  Outputs are
 checked first: equal bits for other chunks and for steps, on these weights.  Decoding far into a context goes on from a
 state filled with random rows; prefill is real.  Where not all layers are there, the whole model's time is given as
 that of what lies outside the layers and 43 times a layer's, and marked so.
@@ -29,11 +29,11 @@ from dsv4_engine.gpu.breakdown import by_part, profiled
 from dsv4_engine.gpu.model import GpuModel
 from dsv4_engine.gpu.random_engine import backend_of_published, random_engine
 from dsv4_engine.gpu.state import GpuState, ring_rows
-from dsv4_engine.sampling import Sampling, sample
+from dsv4_engine.sampling import Sampler, Sampling
 from dsv4_engine.session import Session
 
 LARGEST, REPORTED = 1 << 20, 131_072
-GREEDY = Sampling(temperature=0)
+GREEDY, DRAWN = Sampling(temperature=0), Sampling(temperature=0.6, top_p=0.95)
 
 
 def size(text: str) -> int:
@@ -104,24 +104,32 @@ def check(engine: Engine) -> None:
     print("equal bits: one chunk, three chunks, 30 steps and another chunk", flush=True)
 
 
-def steps(session: Session, count: int = 40) -> tuple[float, float]:
-    """Median seconds of a step with its logits on the host, and without waiting for them (a run of steps)."""
-    token, times = 1, []
-    for _ in range(8):
-        session.extend([token])
-    for _ in range(count):
+def steps(session: Session, sampling: Sampling = GREEDY, count: int = 40) -> float:
+    """Median seconds from one token drawn to the next, as `generate` does it."""
+    token, times, sampler = 1, [], Sampler(replace(sampling, seed=0))
+    for _ in range(count + 8):
         start = time.perf_counter()
-        logits = session.extend([token])
-        token = sample(logits, GREEDY, 0.0)
+        logits = session.extend([token], logits="device")
+        begun = sampler.begin(logits)
+        assert begun is not None
+        session.ahead(begun)
+        token = sampler.end(logits, begun)
         times.append(time.perf_counter() - start)
-    _wait()
-    start = time.perf_counter()
+    return statistics.median(times[8:])
+
+
+def layers_alone(session: Session, count: int = 20) -> float:
+    """Median seconds of a step without the head, the logits and a token chosen from them."""
+    times = []
     with torch.inference_mode():
         for _ in range(count):
-            session._advance(torch.tensor([token]))  # what the GPU alone needs
-            session.tokens.append(token)
-        _wait()
-    return statistics.median(times), (time.perf_counter() - start) / count
+            _wait()
+            start = time.perf_counter()
+            session._advance(torch.tensor([1]))
+            _wait()
+            times.append(time.perf_counter() - start)
+            session.tokens.append(1)
+    return statistics.median(times)
 
 
 def _wait() -> None:
@@ -219,12 +227,14 @@ def main() -> None:
         )
         if ctx <= 8192:
             session.extend(torch.randint(config.vocab_size, (ctx,)).tolist(), logits="none")
-        with_logits, alone = steps(session)
-        row = {"what": "decode", "ctx": session.position, "ms": 1e3 * with_logits, "gpu_ms": 1e3 * alone}
-        line = f"decode at {session.position:>9,}: {1e3 * with_logits:7.3f} ms a token, {1 / with_logits:6.1f} tok/s"
-        line += f"; back to back {1e3 * alone:7.3f} ms"
+        greedy, alone = steps(session), layers_alone(session)
+        drawn = steps(session, DRAWN)
+        row = {"what": "decode", "ctx": session.position, "ms": 1e3 * greedy, "layers_ms": 1e3 * alone}
+        row["drawn_ms"] = 1e3 * drawn
+        line = f"decode at {session.position:>9,}: {1e3 * greedy:7.3f} ms a token, {1 / greedy:6.1f} tok/s; drawn with "
+        line += f"{DRAWN.temperature}, top-p {DRAWN.top_p}: {1e3 * drawn:7.3f} ms; layers alone {1e3 * alone:7.3f} ms"
         if layers < every:
-            all_of = whole_model(with_logits, with_logits - alone, layers, every)
+            all_of = whole_model(greedy, greedy - alone, layers, every)
             row["whole_ms"] = 1e3 * all_of
             line += f"; {every} layers would take {1e3 * all_of:7.3f} ms, {1 / all_of:6.1f} tok/s"
         print(line, flush=True)
@@ -248,7 +258,6 @@ def main() -> None:
         line = (
             f"prefill {tokens:>9,}: {took:8.3f} s, {tokens / took:9,.0f} tok/s, {readable_bytes(beyond)} beyond weights"
         )
-        planned = plan.working_set // len(_gpu(engine).stages) + plan.kv
         planned = plan.working_set // len(_gpu(engine).stages) + plan.kv
         line += f" on the fullest GPU (planned at most {readable_bytes(planned)})"
         row = {"what": "prefill", "tokens": tokens, "s": took, "beyond_weights": beyond}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from dsv4_engine import Session
     from dsv4_engine.config import ModelConfig
+    from dsv4_engine.device_sampling import Draw
     from dsv4_engine.indexer import Indexer
 
 Progress = Callable[[int, int], None]
@@ -61,7 +62,10 @@ class Tracer:
         return self._session.ctx
 
     def extend(
-        self, token_ids: Sequence[int], logits: Literal["last", "none"] = "last", progress: Progress | None = None
+        self,
+        token_ids: Sequence[int],
+        logits: Literal["last", "none", "device"] = "last",
+        progress: Progress | None = None,
     ) -> Tensor:
         """The session's, and a note of what its last token chose."""
         self._chosen.clear()
@@ -71,6 +75,9 @@ class Tracer:
             for layer, indexer in self._indexers.items():
                 self._found[layer].append(self._choice(layer, indexer))
         return result
+
+    def ahead(self, draw: Draw) -> None:
+        """Steps that are watched are not begun before their token is known."""
 
     def _choice(self, layer: int, indexer: Indexer) -> frozenset[int] | None:
         if layer in self._chosen:

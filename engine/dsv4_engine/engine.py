@@ -15,7 +15,7 @@ from dsv4_kernels.backend import Backend, choose_backend
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .device_map import AUTO, Limits, chosen_map
-from .errors import DeviceError, InputError, MemoryPlanError
+from .errors import DeviceError, InputError
 from .following import LeadingModel, lead
 from .gpu.choice import with_triton
 from .locate import resolve_model
@@ -121,14 +121,14 @@ class Engine:
             if limits.cpu is None and ranks.beside > 1:  # the processes of one machine share its memory
                 limits = replace(limits, cpu=available_memory() // ranks.beside)
             plan = memory_plan(config, held, str(backend.device), dtype, kv_dtype, planned, limits, where)
-            if plan.slots and ranks.count > 1:
-                raise MemoryPlanError("several processes hold all experts, which do not fit here", "Use more machines.")
             if ranks.leads:  # only now, so that what is wrong with the files or the arguments is said once
-                lead(ranks, path=path, device=device, dtype=dtype, kv_dtype=kv_dtype, ctx=ctx, limits=limits)
+                formats = {"dtype": dtype, "kv_dtype": kv_dtype}
+                lead(ranks, path=path, device=device, **formats, ctx=ctx, limits=limits, device_map=device_map)
             weights.check_values(seen, apart=plan.device_map.apart())
             store = None
             if plan.slots:
-                store = ExpertStore(ExpertFiles(weights), config, plan.slots, plan.device_map.apart())
+                own, apart = range(*ranks.share(config.n_routed_experts)), plan.device_map.apart()
+                store = ExpertStore(ExpertFiles(weights), config, plan.slots, apart, own=own)
             source = Source(
                 weights, DTYPES[dtype], plan.expand, seen=seen, device=backend.device, ranks=ranks, store=store
             )

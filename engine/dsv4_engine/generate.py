@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from .device_sampling import Draw
 from .encoding import END_THINK, EOS
 from .errors import InputError, PromptError
 from .parsing import ParsedMessage, Piece, StreamParser
@@ -40,8 +41,9 @@ class TokenSession(Protocol):
     @property
     def ctx(self) -> int: ...  # tokens it can hold
     def extend(
-        self, token_ids: Sequence[int], logits: Literal["last", "none"] = ..., progress: Progress | None = ...
+        self, token_ids: Sequence[int], logits: Literal["last", "none", "device"] = ..., progress: Progress | None = ...
     ) -> Tensor: ...
+    def ahead(self, draw: Draw) -> None: ...
 
 
 class TextDecoder(Protocol):
@@ -254,7 +256,9 @@ class Generation(Iterator[Event]):
             started = time.perf_counter()
             token_id = self._next(logits_V)
             ended = token_id in self._eos_ids
-            logits_V = self._session.extend([token_id], logits="none" if ended else "last")
+            # Left where they are, the logits are waited for in the next draw: a GPU works beside what follows here.
+            last = ended or self._limit_reached(ahead=1) is not None
+            logits_V = self._session.extend([token_id], logits="none" if last else "device")
             self._ids.append(token_id)
             text = EOS if ended else self._decoder.push(token_id)
             pieces = self._end_text(EOS) if ended else self._parser.push(self._stops.push(text))
@@ -288,18 +292,22 @@ class Generation(Iterator[Event]):
     def _next(self, logits_V: Tensor) -> int:
         if len(self._ids) < len(self._drawn):
             return self._drawn[len(self._ids)]
-        token_id = self._sampler.next(logits_V)
+        begun = self._sampler.begin(logits_V)
+        if begun is not None:  # the GPU goes on with its token before the host knows it
+            self._session.ahead(begun)
+        token_id = self._sampler.end(logits_V, begun)
         if self._record is not None:
             self._record(token_id)
         return token_id
 
-    def _limit_reached(self) -> Reason | None:
+    def _limit_reached(self, ahead: int = 0) -> Reason | None:
+        """Why no token is drawn any more; ahead: once so many more are there."""
         if self._stop_requested:
             return "cancelled"
         reason: Reason | None = None
-        if self._session.position >= self._session.ctx:
+        if self._session.position + ahead >= self._session.ctx:
             reason = "context_full"
-        elif self._max_tokens is not None and len(self._ids) >= self._max_tokens:
+        elif self._max_tokens is not None and len(self._ids) + ahead >= self._max_tokens:
             reason = "length"
         return "length_thinking" if reason is not None and self._parser.thinking else reason
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any, Protocol
 
@@ -130,21 +131,27 @@ def measure(
     ids = torch.randint(engine.config.vocab_size, (ctx + SPARE_TOKENS,), generator=generator).tolist()
     session, clock = engine.session(), _clock(engine)
     lengths = [ctx * quarter // 4 // 128 * 128 for quarter in (1, 2, 3, 4)]
-    held: list[int] = []
-    allocated: list[int] = []
+    whole_chunks = lengths[0] % engine.chunk == 0  # else it would cost time to cut them for the cache's sake
+    ends = [*lengths, ctx] if whole_chunks else [ctx]
+    sizes: list[tuple[int, int]] = []
 
     warm = engine.session()
-    warm.extend(ids[: min(256, ctx)])
+    # On a GPU as many at once as will be: their kernels are compiled then, which takes seconds.
+    warm.extend(ids[: min(ends[0], engine.chunk) if engine.backend.name == "triton" else min(256, ctx)])
     warm.extend(ids[:1])
-    before = now(engine.device)
     with clock.watching():
-        for start, end in zip([0, *lengths], [*lengths, ctx], strict=False):
+        before = now(engine.device)  # inside: a profiler takes seconds to begin and to end
+        for start, end in pairwise([0, *ends]):
             if end > start:
                 session.extend(ids[start:end], "last" if end == ctx else "none", _shifted(progress, start, ctx))
-            if end in lengths and len(held) < len(lengths):
-                held.append(session.kv_bytes)
-                allocated.append(allocated_bytes(session))
-    took = now(engine.device) - before
+            if whole_chunks and len(sizes) < len(lengths):
+                sizes.append((session.kv_bytes, allocated_bytes(session)))
+        took = now(engine.device) - before
+    if not whole_chunks:
+        other = engine.session()
+        for start, end in pairwise([0, *lengths]):
+            other.extend(ids[start:end], "none")
+            sizes.append((other.kv_bytes, allocated_bytes(other)))
     config = whole or engine.config
     forms: Held = engine.dtype if engine.plan.expand else "published"  # type: ignore[assignment]
     found = prefill_costs(config, ctx, chunk=engine.chunk, kv_dtype=engine.kv_dtype, held=forms)
@@ -159,7 +166,7 @@ def measure(
     found = decode_costs(config, session.position, kv_dtype=engine.kv_dtype, held=forms)
     seconds = {key: value / len(watched) for key, value in clock.seconds.items()}
     decode = _phase(1, session.position, median(plain), seconds, found, device, engine.config, whole)
-    fit = fit_cache(engine.config, engine.kv_dtype, lengths, held, allocated)
+    fit = fit_cache(engine.config, engine.kv_dtype, lengths, *map(list, zip(*sizes, strict=True)))
     return Measurement(prefill, decode, fit, scaled=whole is not None)
 
 

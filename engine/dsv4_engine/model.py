@@ -18,6 +18,7 @@ from dsv4_kernels.rope import rope_frequencies, yarn_frequencies
 
 from .attention import Attention, Chunk
 from .config import ModelConfig
+from .device_sampling import Draw
 from .hyper_connection import HyperConnection, StreamsHead
 from .moe import MixtureOfExperts
 from .source import Source
@@ -151,6 +152,9 @@ class Model:
         next_ids_S = next_ids_S.to(self.device)
         chunk = self._chunk(next_ids_S, position)
         return self._project(self.mtp.forward(self._embedded(next_ids_S), x_SJD, chunk, state))
+
+    def ahead(self, draw: Draw, state: SequenceState) -> None:
+        """Begin what `forward` does with the token that is being drawn; where there is no GPU to keep busy, nothing."""
 
     def wait(self, last: bool = True) -> None:
         """Return once all work handed to the device so far is done.  last: no other chunk follows at once."""

@@ -8,7 +8,8 @@ from, and top-p counts its mass among what min-p left.
 Randomness is counter-based: the n-th token of a generation is drawn with a number that depends on (seed, n) alone.
 The sampler's whole state is those two integers, so a generation that was killed after n tokens goes on exactly as it
 would have, and it does not matter what else was drawn meanwhile.  All arithmetic is float64 on the CPU, so the choice
-depends on the logits only, not on the device or the number of threads.
+depends on the logits only, not on the device or the number of threads; a GPU decides where nothing hangs on rounding
+(device_sampling.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device_sampling import Draw
 from .errors import InputError
 from .strict_json import load_config_json
 
@@ -87,7 +89,17 @@ class Sampler:
 
     def next(self, logits_V: Tensor) -> int:
         """The id of the next token, from its logits (see `sample`).  A draw that raises does not count."""
-        token_id = sample(logits_V, self.sampling, uniform(self.seed, self.position))
+        return self.end(logits_V, self.begin(logits_V))
+
+    def begin(self, logits_V: Tensor) -> Draw | None:
+        """Have the next token drawn where the logits lie, which need not be there yet; None on a CPU."""
+        return Draw(logits_V, self.sampling, uniform(self.seed, self.position)) if logits_V.is_cuda else None
+
+    def end(self, logits_V: Tensor, begun: Draw | None) -> int:
+        """The token, as `next`, from what `begin` returned for the same logits."""
+        token_id = begun.result() if begun is not None else None
+        if token_id is None:
+            token_id = sample(logits_V.cpu(), self.sampling, uniform(self.seed, self.position))
         self.position += 1
         return token_id
 
@@ -119,6 +131,8 @@ def sample(logits_V: Tensor, sampling: Sampling, draw: float) -> int:
     logits_V: floating point [V], any device.  Temperature 0 ignores `draw` and takes the largest logit, the lowest
     id on ties.  Raises LogitsError for NaN or infinite logits.
     """
+    if logits_V.is_cuda and (token := Draw(logits_V, sampling, draw).result()) is not None:
+        return token
     logits = _checked(logits_V)
     if sampling.temperature == 0:
         return int(logits.argmax())  # documented to be the first of equal maxima

@@ -114,16 +114,19 @@ class Weights:
             weights.check_values()
         return weights
 
-    def check_values(self, seen: Callable[[int], object] | None = None, apart: Collection[int] = ()) -> None:
+    def check_values(
+        self, seen: Callable[[int], object] | None = None, apart: Collection[int] = (), read: bool = False
+    ) -> None:
         """Refuse NaN in scales and small tensors, and expert ids out of range, with a CheckpointError.
 
         Reads one part in 17 of an FP4 checkpoint, so it can take a while where that is large: plan memory first.
         seen(bytes) is called for every tensor with its size on disk.  apart: layers whose experts are checked when they
-        are read (offload/disk.py); the MTP block's are too, where there are such layers.
+        are read (offload/disk.py); the MTP block's are too, where there are such layers.  read: those
+        are seen then.
         """
         hint = "Download the checkpoint again: its contents are damaged."
         later = tuple(f"layers.{layer}.ffn.experts." for layer in apart) + (("mtp.0.ffn.experts.",) if apart else ())
-        _raise(self.checkpoint, list(self._bad_values(seen, later)), hint)
+        _raise(self.checkpoint, list(self._bad_values(seen, later, read)), hint)
 
     @property
     def total_bytes(self) -> int:
@@ -168,12 +171,14 @@ class Weights:
         data, scale = self.places(name)
         return data.nbytes + (0 if scale is None else scale.nbytes)
 
-    def _bad_values(self, seen: Callable[[int], object] | None, later: tuple[str, ...]) -> Iterator[str]:
+    def _bad_values(
+        self, seen: Callable[[int], object] | None, later: tuple[str, ...], read: bool
+    ) -> Iterator[str]:
         for name in self.specs:
             if seen is not None:
                 seen(self.nbytes(name))
             if later and name.startswith(later):
-                if seen is not None:
+                if seen is not None and not read:
                     seen(self.nbytes(name))  # it stays where it is
                 continue
             form = self.forms[name]

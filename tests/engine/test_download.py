@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("httpx2", reason="what huggingface-hub 2 transfers with: pip install -e .")
+
 from dsv4_engine import download as machinery
 from dsv4_engine import hub as hub_client
 from dsv4_engine.checkpoint import Checkpoint

@@ -4,15 +4,20 @@ Where a GPU is at hand test_gpu_engine.py says the same of the kernels themselve
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsv4_engine import Engine, Session
+from dsv4_engine.device_sampling import Draw
 from dsv4_engine.gpu.chunk import Chunk
+from dsv4_engine.gpu.decode import Steps, _Recorded
 from dsv4_engine.gpu.model import GpuModel
+from dsv4_engine.gpu.state import GpuState
 from dsv4_engine.gpu.weights import CheckpointSource
+from dsv4_engine.sampling import Sampling
 from support import gpu_reference
 from support.random_checkpoint import make_checkpoint
 from support.triton_mode import DEVICE
@@ -83,6 +88,64 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     """Relative RMS of each token's streams."""
     difference = (got.float() - want.float()).flatten(1)
     return difference.norm(dim=1) / want.float().flatten(1).norm(dim=1)
+
+
+def recorded_by_hand(steps: Steps, state: GpuState, ctx: int) -> list[_Recorded]:
+    """In the place of CUDA graphs: the same launches over the same memory at every replay."""
+
+    def piece(number: int, recorded: _Recorded) -> None:
+        assert recorded.out is not None
+        x = steps._streams[number].clone() if number else None
+        owner = steps._owner() if steps._owner is not None else None
+        assert owner is not None
+        recorded.out.copy_(steps._stage(number, x, owner, ctx, None))
+
+    found = []
+    for number in range(len(steps._stages)):
+        recorded = _Recorded(out=torch.empty_like(steps._streams[number]))
+        recorded.pieces.append(partial(piece, number, recorded))
+        found.append(recorded)
+    return found
+
+
+def test_steps_begun_ahead(model: GpuModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken when their token comes next, and else as if they had never been begun: another token, several, another
+    session's step in the same place.
+    """
+    monkeypatch.setattr(Steps, "_record", recorded_by_hand)
+    steps = Steps(model.stages)
+    steps._recording = True
+    monkeypatch.setattr(model, "_steps", steps)
+    run, other, likely = session(model), session(model), Sampling(temperature=0)
+    replays: list[int] = []
+    monkeypatch.setattr(steps, "_replay", lambda *a: replays.append(1) or Steps._replay(steps, *a))
+    for each in (run, other):
+        each.extend(IDS[:5], logits="none")
+        each.extend(IDS[5:6])
+    draw = Draw(run.extend(IDS[6:7], logits="device"), likely, 0.0)
+    token = draw.result()
+    assert token is not None
+    want = run.fork().extend([token])
+
+    run.ahead(draw)
+    before = len(replays)
+    assert torch.equal(run.extend([token]), want) and len(replays) == before  # nothing was left to do
+    assert run.position == 8 == run.state.position
+
+    want = run.fork().extend(IDS[8:9]), run.fork().extend(IDS[8:11])
+    draw = Draw(-run.fork().extend([3]), likely, 0.0)
+    for taken, wanted in zip((IDS[8:9], IDS[8:11]), want, strict=True):
+        fork = run.fork()
+        fork.ahead(draw)
+        assert draw.result() not in taken[:1]
+        assert torch.equal(fork.extend(taken), wanted)
+
+    token = draw.result()
+    assert token is not None
+    want, others = run.fork().extend([token]), other.fork().extend(IDS[6:7])
+    run.ahead(draw)
+    assert torch.equal(other.extend(IDS[6:7]), others)  # writes over the streams that were begun
+    assert torch.equal(run.extend([token]), want)
 
 
 @pytest.mark.slow

@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from dsv4_engine import Engine, Session
+from dsv4_engine.config import ModelConfig
+from dsv4_engine.device_sampling import Draw
+from dsv4_engine.generate import Done, generate
 from dsv4_engine.gpu.chunk import Chunk
 from dsv4_engine.gpu.model import GpuModel
+from dsv4_engine.gpu.random_engine import backend_of_published, random_engine
 from dsv4_engine.gpu.state import GpuState
 from dsv4_engine.measure import measure
 from dsv4_engine.prefix_cache.rows import StateCodec
+from dsv4_engine.random_weights import one_layer_of_each_kind
 from dsv4_engine.roofline import DEVICES
+from dsv4_engine.sampling import Sampler, Sampling, sample, uniform
 from support.random_checkpoint import make_checkpoint
 
 log = logging.getLogger(__name__)
@@ -176,6 +182,37 @@ def test_512_decode_steps_are_a_prefill(tiny: Engine) -> None:
     assert torch.equal(torch.stack([session.extend([i]) for i in ids[2500:]]), whole[2500:])
 
 
+def test_512_decode_steps_at_full_width() -> None:
+    """V4-Flash's own sizes, all 256 experts, a layer of each kind; random weights made on the GPU."""
+    config = one_layer_of_each_kind(ModelConfig.preset("v4-flash"))
+    engine = random_engine(config, backend_of_published(config, "cuda"), 16_384)
+    ids = random_ids(3000 + 512, config.vocab_size)
+    session = engine.session()
+    session.extend(ids[:3000], logits="none")
+    steps = [session.extend([i]) for i in ids[3000:]]
+    other = engine.session()
+    other.extend(ids[:3000], logits="none")
+    assert torch.equal(torch.stack(steps), other.extend(ids[3000:], logits="all"))
+
+
+def test_512_decode_steps_do_not_drift(folder: Path) -> None:
+    """Away from float32 on torch's own operations: no further than bfloat16 on them, and at the end as at first."""
+    engine = on_gpu(folder)
+    exact = Engine.load(folder, device="cuda")
+    half = Engine.load(folder, device="cuda", dtype="bfloat16", kv_dtype="bf16")
+    assert exact.backend.name == half.backend.name == "torch"
+    ids = random_ids(1000 + 512, engine.config.vocab_size)
+    session = engine.session()
+    session.extend(ids[:1000], logits="none")
+    got = torch.stack([session.extend([i]) for i in ids[1000:]])
+    assert torch.equal(got, engine.session().extend(ids, logits="all")[1000:])
+    want, near = (other.session().extend(ids, logits="all")[1000:] for other in (exact, half))
+    off, own = distance(got, want), distance(near, want)
+    begin, end = off[:128].median(), off[-128:].median()
+    log.info("median %.1e, bfloat16 %.1e; first steps %.1e, last %.1e", off.median(), own.median(), begin, end)
+    assert off.median() < OF_ITSELF * own.median() and end < OF_ITSELF * begin
+
+
 def test_a_long_prompt_in_any_chunks(tiny: Engine) -> None:
     ids = text_ids(tiny, 40_000)
     whole = tiny.session()
@@ -197,6 +234,60 @@ def test_recorded_steps_are_the_launched_ones(tiny: Engine) -> None:
     watched = session.fork_to_watch()
     for token in ids[515:560]:
         assert torch.equal(session.extend([token]), watched.extend([token]))
+
+
+def test_tokens_drawn_where_the_logits_lie_are_the_hosts(tiny: Engine) -> None:
+    """And the logits there are those on the host, while the next step is under way."""
+    ids, session = text_ids(tiny, 600), tiny.session()
+    session.extend(ids[:500], logits="none")
+    other = session.fork()
+    there = [session.extend([token], logits="device") for token in ids[500:]]
+    here = [other.extend([token]) for token in ids[500:]]
+    assert all(a.is_cuda and torch.equal(a.cpu(), b) for a, b in zip(there, here, strict=True))
+    for sampling in (Sampling(temperature=0), Sampling(), Sampling(0.6, top_p=0.95), Sampling(min_p=0.01)):
+        for n, (a, b) in enumerate(zip(there, here, strict=True)):
+            assert sample(a, sampling, uniform(5, n)) == sample(b, sampling, uniform(5, n))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(seed=3), Sampling(0.6, top_p=0.9, seed=4)])
+def test_steps_begun_ahead_are_those_taken(tiny: Engine, sampling: Sampling) -> None:
+    """An answer, whose steps begin before their tokens are known, against logits on the host, one after the other."""
+    ids, session = text_ids(tiny, 8180), tiny.session()  # on over the end of a chunk
+    generation = generate(session, ids, tiny.tokenizer, sampling, max_tokens=300, eos_ids=())
+    done = list(generation)[-1]
+    assert isinstance(done, Done) and len(done.token_ids) == 300
+    other, sampler = tiny.session(), Sampler(sampling)
+    logits = other.extend(ids)
+    for token in done.token_ids:
+        assert sampler.next(logits) == token
+        logits = other.extend([token])
+    assert torch.equal(session.extend([7]), other.extend([7]))
+
+
+def test_a_step_begun_ahead_and_not_taken(tiny: Engine) -> None:
+    """Another token, several, another session's step between, a fork: as if nothing had been begun."""
+    ids = text_ids(tiny, 700)
+    want, other = tiny.session().extend(ids, logits="all"), tiny.session()
+    other.extend(ids[:300])
+    for count in (1, 2, 130):
+        session = tiny.session()
+        session.extend(ids[:500], logits="none")
+        draw = Draw(-session.extend(ids[500:501], logits="device"), Sampling(temperature=0), 0.0)  # the least likely
+        session.ahead(draw)
+        fork = session.fork()
+        if count == 2:
+            assert torch.equal(other.extend(ids[300:301]), want[300])
+        taken, token = ids[501 : 501 + count], draw.result()
+        assert taken[0] != token is not None
+        assert torch.equal(session.extend(taken, logits="all"), want[501 : 501 + count])
+        assert torch.equal(fork.extend(taken, logits="all"), want[501 : 501 + count])
+        draw = Draw(session.extend([ids[501 + count]], logits="device"), Sampling(temperature=0), 0.0)
+        session.ahead(draw)
+        if count == 2:  # the place where its streams lie is another session's by now
+            assert torch.equal(other.extend(ids[301:302]), want[301])
+        token = draw.result()
+        assert token is not None
+        assert torch.equal(session.extend([token]), fork.extend([ids[501 + count], token]))
 
 
 def test_sessions_take_turns(tiny: Engine) -> None:

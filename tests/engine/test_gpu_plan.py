@@ -137,3 +137,22 @@ def test_kernels_are_told_apart() -> None:
     assert sum(found.values()) == len(names)
     with pytest.raises(ValueError, match="of 4 sub-layers ran 2"):
         by_part([*kernels[:9], Kernel("_phases", 0, 9.0, 1.0)], model)  # type: ignore[arg-type]
+
+
+def test_kernels_that_overlap_are_counted_once() -> None:
+    """One that waits for the kernel in front (started early), one beside, and a wait of the whole GPU."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4[gpu]'")
+    from dsv4_engine.gpu.breakdown import OUTSIDE, Kernel, by_part
+
+    stage = SimpleNamespace(device=torch.device("cuda", 0), first=0, last=1)
+    model = SimpleNamespace(stages=[stage], config=SimpleNamespace(compress_ratios=(4,)))
+    begins = "_write_and_project"
+    launched = [
+        ("_phases", 0.0, 1.0), (begins, 5.0, 2.0), ("_read", 5.5, 4.0), ("_compress", 9.0, 3.0),
+        ("linear_few", 9.2, 6.0), (begins, 16.0, 1.0), (begins, 20.0, 1.0), ("_phases", 30.0, 1.0),
+    ]  # fmt: skip
+    found = by_part([Kernel(name, 0, *when) for name, *when in launched], model)  # type: ignore[arg-type]
+    # The second connection ends 1.8 behind linear_few (15.2 to 17), the write behind the layers 4 behind that.
+    want = {("mHC", "csa"): 2 + 2.5 + 1.8, ("mHC", OUTSIDE): 4.0, ("compressors", "csa"): 2.5,
+            ("projections", "csa"): 3.2, ("other", OUTSIDE): 2.0}  # fmt: skip
+    assert {key: round(1e6 * seconds, 6) for key, (seconds, _) in found.items()} == want

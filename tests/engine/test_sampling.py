@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsv4_engine.device_sampling import Draw
 from dsv4_engine.errors import InputError
 from dsv4_engine.sampling import LogitsError, Sampler, Sampling, probabilities, sample, uniform
 
@@ -232,3 +233,57 @@ def test_a_bad_recommendation_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(InputError):
         Sampling.recommended(tmp_path)
+
+
+# -- where the logits lie (a GPU's; the arithmetic is the same on a CPU)
+
+
+def sample_there(logits: Tensor, sampling: Sampling, draw: float) -> int | None:
+    begun = Draw(logits, sampling, draw)
+    token = begun.result()
+    assert token == begun.known and token in (None, int(begun.token))
+    return token
+
+
+def drawn_there_and_here(logits: Tensor, there: Tensor, draws: list[float]) -> int:
+    """How many draws were decided there; each has to be the host's."""
+    decided = 0
+    for sampling in (
+        Sampling(temperature=0), Sampling(), Sampling(temperature=1.7), Sampling(top_p=0.9), Sampling(min_p=0.02),
+        Sampling(temperature=0.6, top_p=0.95, min_p=0.001), Sampling(temperature=0.01, top_p=0.5), Sampling(min_p=1.0),
+    ):  # fmt: skip
+        for draw in draws:
+            token = sample_there(there, sampling, draw)
+            assert token in (None, sample(logits, sampling, draw))
+            decided += token is not None
+    return decided
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_draws_there_are_the_hosts(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [uniform(3, n) for n in range(40)]
+    for size in (3, 1000, 129_280):
+        logits = 3 * torch.randn(size, generator=generator)
+        some = draws if size < 129_280 or device == "cuda" else draws[:3]
+        assert drawn_there_and_here(logits, logits.to(device), some) == 8 * len(some)
+        assert drawn_there_and_here(torch.zeros(size), torch.zeros(size, device=device), some) >= 4 * len(some)
+
+
+def test_what_hangs_on_rounding_is_left_to_the_host() -> None:
+    logits = torch.zeros(8)
+    for eighth in range(8):  # a boundary between two tokens, or the beginning
+        assert sample_there(logits, Sampling(), eighth / 8) is None
+        assert sample_there(logits, Sampling(), eighth / 8 + 1e-14) is None
+        assert sample_there(logits, Sampling(), eighth / 8 + 1e-9) == eighth
+    assert sample_there(logits, Sampling(top_p=0.5), 0.3) is None  # exactly four tokens
+    assert sample_there(logits, Sampling(top_p=0.51), 0.3) == sample(logits, Sampling(top_p=0.51), 0.3) == 1
+    near = torch.log(torch.tensor([1.0, 0.25], dtype=torch.float64))
+    assert sample_there(near, Sampling(min_p=0.25), 0.5) is None
+    assert sample_there(near, Sampling(min_p=0.2), 0.5) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(), Sampling(top_p=0.5, min_p=0.1)])
+def test_logits_that_are_not_finite_are_left_to_the_host(bad: float, sampling: Sampling) -> None:
+    assert sample_there(torch.tensor([0.0, bad, 1.0]), sampling, 0.5) is None

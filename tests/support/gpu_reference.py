@@ -56,18 +56,19 @@ def values(w: Fp8Matrix) -> Tensor:
     return Weight(w.data, w.scale, "fp8").dequantised(torch.float32)
 
 
-def fp8_linear(x: Rounded, w: Fp8Matrix) -> Tensor:
-    return product(x.values(), values(w)).to(HALF)
+def fp8_linear(x: Rounded | Tensor, w: Fp8Matrix) -> Tensor:
+    inputs = x if isinstance(x, Rounded) else rounded(x)
+    return product(inputs.values(), values(w)).to(HALF)
 
 
 def plain_linear(x: Tensor, w: Tensor) -> Tensor:
     return product(x, w if w.dim() == 2 else w.double().sum(0)).float()
 
 
-def grouped_linear(x_SGI: Tensor, w: Fp8Matrix, rounded: bool = False) -> Rounded:
-    assert rounded
+def grouped_linear(x_SGI: Tensor, w: Fp8Matrix, rounded: bool = False) -> Rounded | Tensor:
     parts = [product(x, part) for x, part in zip(x_SGI.unbind(1), values(w).chunk(x_SGI.shape[1]), strict=True)]
-    return globals()["rounded"](torch.cat(parts, -1).to(HALF))
+    out = torch.cat(parts, -1).to(HALF)
+    return globals()["rounded"](out) if rounded else out
 
 
 def _fn(weights: Connection) -> Tensor:

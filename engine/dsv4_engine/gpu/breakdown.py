@@ -18,16 +18,19 @@ from .model import GpuModel
 
 OUTSIDE = "outside layers"
 _STARTS = "_phases"  # the first kernel of a pass on each device
-_BEGINS = "_write_and_project"  # the first kernel of every sub-layer, of the write behind a stage and of the head
+# The first kernel of every sub-layer, of the write behind a stage and of the head.
+_BEGINS = ("_write_and_project", "project_few", "connect_many")
 _KIND = {0: "window", 4: "csa", 128: "hca"}
 # In attention; all of the experts' sub-layer but its hyper-connection is "experts".  The products of one layer have one
 # kernel, so those of the compressors count as projections.
 _PARTS = {
-    "_read": "mHC", _BEGINS: "mHC", "_split_low_rank": "projections", "_finish_queries": "projections",
-    "linear_": "projections", "widened_": "projections", "_linear": "projections", "_expand": "projections",
-    "_round_activations": "projections", "_compress": "compressors", "_keep": "compressors", "_unpack_keys": "indexer",
-    "_scores": "indexer", "select_best": "indexer", "attention_hopper": "core attention",
-    "_attention": "core attention", "_add_chains": "core attention", "_move": "core attention",
+    **dict.fromkeys(_BEGINS, "mHC"), "_read": "mHC", "read_few": "mHC", "_split_low_rank": "projections",
+    "_finish_queries": "projections", "linear_": "projections", "widened_": "projections", "_linear": "projections",
+    "_expand": "projections", "_round_activations": "projections", "_compress": "compressors", "_pool": "compressors",
+    "_finish": "compressors", "_keep": "compressors", "_unpack_keys": "indexer", "_scores": "indexer",
+    "select_best": "indexer", "count_better": "indexer", "write_best": "indexer", "attention_hopper": "core attention",
+    "score_keys": "core attention", "sum_values": "core attention", "_attention": "core attention",
+    "_add_chains": "core attention", "_move": "core attention",
 }  # fmt: skip
 
 
@@ -39,6 +42,10 @@ class Kernel:
     device: int
     start: float
     microseconds: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.microseconds
 
 
 @contextmanager
@@ -63,7 +70,11 @@ def _wait() -> None:
 
 
 def by_part(kernels: Sequence[Kernel], model: GpuModel) -> dict[tuple[str, str], tuple[float, int]]:
-    """Seconds and launches by (part, kind of layer) of whole forward passes, with or without logits behind them."""
+    """Seconds and launches by (part, kind of layer) of whole forward passes, with or without logits behind them.
+
+    A kernel's seconds are those by which it ends behind all that began before it: kernels overlap, on two streams and
+    where one is started early to wait for the one in front, and so the seconds of a pass add up to what it took.
+    """
     found: dict[tuple[str, str], tuple[float, int]] = {}
     for stage in model.stages:
         mine = [kernel for kernel in kernels if kernel.device == (stage.device.index or 0)]
@@ -78,27 +89,30 @@ def _placed(kernels: Sequence[Kernel], ratios: Sequence[int]) -> Iterator[tuple[
     them.  Raises ValueError for kernels in another order.
     """
     sub_layers = [(kind, part) for kind in (_KIND[ratio] for ratio in ratios) for part in ("attention", "experts")]
-    begun = 0
+    begun, ended = 0, 0.0
     for kernel in kernels:
+        # Within layers also the time in which nothing ran; between passes the GPU may have had nothing to do.
+        since = ended if 0 < begun <= len(sub_layers) else max(ended, kernel.start)
+        added, ended = max(0.0, kernel.end - since), max(ended, kernel.end)
         named = next((part for prefix, part in _PARTS.items() if kernel.name.startswith(prefix)), "other")
         if kernel.name == _STARTS:
             if begun not in (0, len(sub_layers) + 1, len(sub_layers) + 2):
                 raise ValueError(f"a pass of {len(sub_layers)} sub-layers ran {begun} hyper-connections")
             begun = 0
-        begun += kernel.name == _BEGINS
+        begun += kernel.name in _BEGINS
         if 0 < begun <= len(sub_layers):
             kind, part = sub_layers[begun - 1]
             key = (named if named == "mHC" or part == "attention" else "experts", kind)
-        elif begun == len(sub_layers) + 1 and kernel.name == _BEGINS:
+        elif begun == len(sub_layers) + 1 and kernel.name in _BEGINS:
             key = ("mHC", OUTSIDE)
         else:
             key = ("head" if begun == len(sub_layers) + 2 else "other", OUTSIDE)
-        yield key, kernel.microseconds * 1e-6
+        yield key, added * 1e-6
 
 
 @dataclass
 class KernelClock:
-    """As measure.Stopwatch, for this backend: what the kernels take, not what lies between them."""
+    """As measure.Stopwatch, for this backend: what the kernels take, not what the host takes between passes."""
 
     model: Any
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)

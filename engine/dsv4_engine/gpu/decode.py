@@ -3,7 +3,8 @@
 Owns the one place in memory that recorded steps work on, and who has it: a sequence that takes a step moves in, and the
 one before moves out to memory of its own.  A step is repeatable (state.py), so it is run once to compile its kernels,
 then recorded and replayed, all from the same state.  How much of the grid the longest context needs is fixed in a
-recording; there is one for every power of `_GROWTH`, whose results have the same bits.
+recording; there is one for every power of `_GROWTH`, whose results have the same bits.  And because a step is
+repeatable, one may be run before it is known whether it is wanted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device_sampling import Draw
+from .beside import Beside
 from .chunk import Chunk
 from .layer import Chosen
 from .stage import Stage, on
@@ -36,6 +39,19 @@ class _Recorded:
     def replay(self) -> None:
         for piece in self.pieces:
             piece()
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that was run ahead of its token's being known."""
+
+    draw: Draw
+    state: weakref.ref[GpuState]
+    position: int
+    streams: Tensor
+
+    def is_for(self, token: int, state: GpuState) -> bool:
+        return self.draw.known == token and self.state() is state and self.position == state.position
 
 
 class _Recorder:
@@ -63,41 +79,67 @@ class _Recorder:
 class Steps:
     """Single tokens of a model's states."""
 
-    def __init__(self, stages: Sequence[Stage], chosen: Chosen | None = None) -> None:
-        """chosen: called between each layer's routing and its experts; then a step is a graph for every part of a
-        layer, and without it one for all layers of a device.
+    def __init__(self, stages: Sequence[Stage], chosen: Chosen | None = None, recorded: bool = False) -> None:
+        """chosen: called between each layer's routing and its experts.  recorded: what it launches is recorded too;
+        else it has to be called each time, and a step is a graph for every part of a layer, not one for all of them.
         """
-        self._stages, self._chosen = stages, chosen
+        self._stages, self._chosen, self._cuts = stages, chosen, chosen is not None and not recorded
         self._recording = all(stage.device.type == "cuda" for stage in stages)
         self._owner: weakref.ref[GpuState] | None = None
+        self._begun: _Begun | None = None
         self._flats: list[Tensor] = []
         self._inputs = [torch.zeros(2, dtype=torch.int64, device=stage.device) for stage in stages]
         self._streams: list[Tensor] = []  # what each stage but the first begins with
         self._recorded: dict[int, list[_Recorded]] = {}
-        self._pools: list[Any] = []
+        self._pools: dict[int, Any] = {}
 
-    def step(self, token_1: Tensor, state: GpuState) -> Tensor:
-        """Run one id, int64 [1], after ``state.position`` tokens: streams [1, J, D], good until the next step."""
+    def step(self, token: int, state: GpuState) -> Tensor:
+        """Run one id after ``state.position`` tokens: streams [1, J, D], good until the next step."""
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.is_for(token, state):
+            return begun.streams
+        given = torch.tensor([token, state.position])
+        ctx = self._bucket(state)
+        if not self._recording or state.watched:
+            return self._run(given, state, ctx)
+        self._take(state)
+        if ctx not in self._recorded:
+            self._run(given, state, ctx)
+            self._recorded[ctx] = self._record(state, ctx)
+        return self._replay(given, self._recorded[ctx])
+
+    def ahead(self, draw: Draw, state: GpuState) -> None:
+        """Run the step behind the token that is being drawn, if it was recorded; `step` with that token returns it."""
+        self._begun = None
+        recorded = self._recorded.get(self._bucket(state))
+        if recorded is None or state.watched:
+            return
+        self._take(state)
+        position = torch.tensor([state.position]).to(draw.token.device, non_blocking=True)
+        streams = self._replay(torch.cat([draw.token, position]), recorded)
+        self._begun = _Begun(draw, weakref.ref(state), state.position, streams)
+
+    def forget(self) -> None:
+        """What was begun is not what comes next."""
+        self._begun = None
+
+    @staticmethod
+    def _bucket(state: GpuState) -> int:
+        """Make room for one more token; how many the recording for it goes up to."""
         state.reserve(state.position + 1)
-        record = self._recording and not state.watched
-        if record:
-            self._take(state)
-        for inputs in self._inputs:
-            inputs[:1].copy_(token_1, non_blocking=True)
-            inputs[1:].fill_(state.position)
         ctx = _FIRST
         while ctx < state.position + 1:
             ctx *= _GROWTH
-        if not record:
-            return self._run(state, ctx)
-        if ctx not in self._recorded:
-            self._run(state, ctx)
-            self._recorded[ctx] = self._record(state, ctx)
+        return ctx
+
+    def _replay(self, given: Tensor, stages: Sequence[_Recorded]) -> Tensor:
+        """given: token and position, int64 [2]."""
         out: Tensor | None = None
-        for number, recorded in enumerate(self._recorded[ctx]):
-            if out is not None:
-                self._streams[number].copy_(out, non_blocking=True)
-            with torch.cuda.device(self._stages[number].device):
+        for number, recorded in enumerate(stages):
+            with on(self._stages[number].device):
+                self._inputs[number].copy_(given, non_blocking=True)
+                if out is not None:
+                    self._streams[number].copy_(out, non_blocking=True)
                 recorded.replay()
             out = recorded.out
         assert out is not None
@@ -107,10 +149,6 @@ class Steps:
         """Let ``state`` lie where recorded steps work."""
         if not self._flats:
             self._flats = [stage.layout.empty() for stage in self._stages]
-            self._pools = []
-            for stage in self._stages:
-                with torch.cuda.device(stage.device):
-                    self._pools.append(torch.cuda.graph_pool_handle())
             shape = (1, self._stages[0].config.hc_mult, self._stages[0].config.hidden_size)
             self._streams = [torch.empty(shape, dtype=torch.bfloat16, device=stage.device) for stage in self._stages]
         owner = self._owner() if self._owner is not None else None
@@ -129,13 +167,14 @@ class Steps:
         chunk = Chunk.step(inputs[:1], inputs[1:], stage.freqs, min(ctx, stage.config.max_position_embeddings))
         return stage.forward(x_SJD, chunk, part.buffers, part.buffers, chosen)
 
-    def _run(self, state: GpuState, ctx: int) -> Tensor:
+    def _run(self, given: Tensor, state: GpuState, ctx: int) -> Tensor:
         """The step, launch by launch."""
         x_SJD: Tensor | None = None
         for number, stage in enumerate(self._stages):
             if x_SJD is not None:
                 x_SJD = x_SJD.to(stage.device, non_blocking=True)
             with on(stage.device):
+                self._inputs[number].copy_(given, non_blocking=True)
                 x_SJD = self._stage(number, x_SJD, state, ctx, self._chosen)
         assert x_SJD is not None
         return x_SJD
@@ -146,12 +185,14 @@ class Steps:
             recorded = _Recorded()
             gc.collect()  # nothing may be freed on the device while it is recorded
             with torch.cuda.device(stage.device):
+                if number not in self._pools:
+                    self._pools[number] = torch.cuda.graph_pool_handle()
                 torch.cuda.synchronize()
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     recorder = _Recorder(self._pools[number], recorded)
-                    chosen = None if self._chosen is None else _cutting(recorder, self._chosen)
+                    chosen = _cutting(recorder, stage.beside, self._chosen) if self._cuts else self._chosen
                     recorded.out = self._stage(number, self._streams[number] if number else None, state, ctx, chosen)
                     recorder.end()
                 torch.cuda.current_stream().wait_stream(side)
@@ -159,10 +200,12 @@ class Steps:
         return found
 
 
-def _cutting(recorder: _Recorder, chosen: Chosen) -> Chosen:
+def _cutting(recorder: _Recorder, beside: Beside, chosen: Chosen | None) -> Chosen:
     """Ends the graph where ``chosen`` is to be called, and begins the next behind it."""
+    assert chosen is not None
 
     def cut(layer: int, chosen_SK: Tensor) -> None:
+        beside.join()  # a graph has no end but one
         recorder.cut(lambda: chosen(layer, chosen_SK))
 
     return cut

@@ -17,7 +17,7 @@ from dsv4_kernels.triton.attention import sparse_attention
 from dsv4_kernels.triton.compress import Compressing, compress
 from dsv4_kernels.triton.hyper_connection import Connected, Connection, Write, connect
 from dsv4_kernels.triton.index import choose_entries
-from dsv4_kernels.triton.linear import fp8_linear, grouped_linear, plain_linear
+from dsv4_kernels.triton.linear import ROUNDED_BY_ALL, fp8_linear, grouped_linear, plain_linear
 from dsv4_kernels.triton.moe import check_pool, route, routed_experts, swiglu_round
 from dsv4_kernels.triton.move import Block, move_rows
 from dsv4_kernels.triton.project import finish_queries, split_low_rank
@@ -150,6 +150,8 @@ class GpuAttention:
 
     def _output(self, o_SHC: Tensor) -> Tensor:
         o_SGI = o_SHC.view(o_SHC.shape[0], self.config.o_groups, -1)
+        if o_SGI.shape[0] <= ROUNDED_BY_ALL:
+            return fp8_linear(grouped_linear(o_SGI, self.wo_a), self.wo_b)
         return fp8_linear(grouped_linear(o_SGI, self.wo_a, rounded=True), self.wo_b)
 
 
@@ -183,7 +185,6 @@ class GpuExperts:
             None if self.table is None else chunk.token_ids,
         )
         if chosen is not None:
-            self.beside.join()  # a recording ends here
             chosen(chosen_SK)
         routed = routed_experts(read.rounded, chosen_SK, weights_SK, self.pool, config.swiglu_limit)
         self.beside.join()

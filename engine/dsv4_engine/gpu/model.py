@@ -18,6 +18,7 @@ from dsv4_kernels.backend import Backend
 
 from ..config import ModelConfig
 from ..device_map import AUTO, Limits
+from ..device_sampling import Draw
 from ..errors import CheckpointError, InputError
 from ..model import Model
 from ..offload.disk import ExpertFiles
@@ -64,7 +65,7 @@ class GpuModel:
         self.blocks: list[GpuBlock] = [block for stage in self.stages for block in stage.blocks]
         self.devices = [stage.device for stage in self.stages]
         self.device = self.devices[-1]  # where logits are made
-        self._steps = Steps(self.stages, chosen)
+        self._steps = Steps(self.stages, chosen, isinstance(chosen, Residency) and chosen.recorded)
         self._done: list[torch.cuda.Event] = []
         self._nowhere: list[Part] | None = None
 
@@ -90,13 +91,19 @@ class GpuModel:
         if isinstance(self.chosen, Residency):
             self.chosen.begin(token_ids_S)
         if tokens == 1 and state.known <= state.position:
-            x_SJD = self._steps.step(token_ids_S, state)
+            x_SJD = self._steps.step(int(token_ids_S), state)
         else:
             x_SJD = self._prefill(token_ids_S, state)
         state.position += tokens
         return x_SJD
 
+    def ahead(self, draw: Draw, state: GpuState) -> None:
+        """See Model.ahead.  A step leaves no trace that the next one there does not write over (state.py)."""
+        if self.chosen is None and state.known <= state.position:
+            self._steps.ahead(draw, state)
+
     def _prefill(self, token_ids_S: Tensor, state: GpuState) -> Tensor:
+        self._steps.forget()
         end = state.position + token_ids_S.shape[0]
         state.backup()
         state.reserve(end)
@@ -113,17 +120,10 @@ class GpuModel:
         return x_SJD
 
     def logits(self, x_SJD: Tensor) -> Tensor:
-        """Streams [S, J, D] -> float32 [S, V], one row on the host, several on the last device."""
+        """Streams [S, J, D] -> float32 [S, V], on the last device."""
         stage = self.stages[-1]
         with on(stage.device):
-            logits_SV = stage.logits(x_SJD)
-            if stage.device.type != "cuda" or logits_SV.shape[0] != 1:
-                return logits_SV
-            # Pinned memory, which torch keeps for the next time, takes a row in a tenth of the time.
-            out = torch.empty(logits_SV.shape, dtype=logits_SV.dtype, pin_memory=True)
-            out.copy_(logits_SV, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            return out
+            return stage.logits(x_SJD)
 
     def mtp_logits(self, next_ids_S: Tensor, x_SJD: Tensor, position: int, state: object) -> Tensor:
         """The MTP block is not loaded here."""
@@ -164,13 +164,15 @@ def gpu_model(
     """
     found = planned(config, weights.specs, weights.forms.__getitem__, backend, ctx, limits, device_map)
     plan, apart = found.plan, found.plan.device_map.apart()
-    weights.check_values(seen, apart)
+    complete = plan.slots == plan.experts  # then memory holds all that the GPUs do not
+    weights.check_values(seen, apart, read=bool(apart) and complete)
     devices = [torch.device(name) for name in plan.device_map.devices]
     sources = [CheckpointSource(weights, device, seen) for device in devices]
     if not apart:
         return as_model(sources, config, found)
-    files = ExpertFiles(weights, binades=EXACT_BINADES)
-    store = ExpertStore(files, config, plan.slots, apart, pinned=True)
+    store = ExpertStore(ExpertFiles(weights, EXACT_BINADES, mtp=False), config, plan.slots, apart, pinned=True)
+    if store.complete:
+        store.fill(seen)
     return as_model(sources, config, found, with_pools(sources, config, found.ranges, apart, plan.gpu_slots, store))
 
 

@@ -30,8 +30,8 @@ class Stage:
     def __init__(self, source: PackedSource, config: ModelConfig, first: int, last: int) -> None:
         self.config, self.device, self.first, self.last = config, source.device, first, last
         self.embed = source.raw("embed.weight") if first == 0 else None
-        beside = Beside(source.device)
-        self.blocks = [GpuBlock(source, config, layer, beside) for layer in range(first, last)]
+        self.beside = Beside(source.device)
+        self.blocks = [GpuBlock(source, config, layer, self.beside) for layer in range(first, last)]
         self.output = self.head = None
         if last == config.num_hidden_layers:
             self.output = source.plain("head")

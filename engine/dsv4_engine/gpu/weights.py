@@ -146,7 +146,7 @@ class RandomSource(PackedSource):
 
     def __init__(self, config: ModelConfig, device: torch.device, seed: int = 0) -> None:
         super().__init__(device)
-        self.config, self._specs = config, tensor_specs(config, mtp=False)
+        self.config, self.seed, self._specs = config, seed, tensor_specs(config, mtp=False)
         self._generator = torch.Generator(device).manual_seed(seed)
 
     @property
