@@ -77,13 +77,13 @@ def test_the_card_states_what_was_made_and_measured(engine: Engine) -> None:
     made = recipe.load(recipe.RECIPES / "tiny.toml")
     scores = [{"task": "ruler", "length": 1024, "right": 9, "asked": 10}]
     account = {"seconds": 90.0, "calls": 2, "device": "GPU"}
-    last = {"tokens": 1e6, "mass": 0.987, "accepted": 0.5}
+    last = {"step": made.steps, "tokens": 1e6, "mass": 0.987, "length": 131072, "accepted": 0.5}
     bits = {"bytes": 1000, "model": 1.7, "xz": 2.0}
     text = card.model_card(made, made.model.config(), account, last, "the library", 16_000_000, scores, bits)
     assert "| 1024 | 9 of 10 | 90.0% | 59.6% to 98.2% |" in text
     assert "1.70 (`xz -9`: 2.00)" in text
     assert "in 2 goes" in text
-    assert "98.7% of the attention" in " ".join(text.split())
+    assert "98.7% of the attention over sequences of 131,072 tokens" in " ".join(text.split())
     for stage in made.stages:
         assert f"| {stage.name} | {stage.steps:,} |" in text
     assert "{" not in text

@@ -12,7 +12,7 @@ import tokenizers
 from dsv4_engine.encoding import EOS, SPECIAL_TOKENS, encode_messages
 from dsv4_engine.errors import InputError
 from dsv4_engine.tokenizer import Tokenizer
-from dsv4_training import code_tree, corpus, episodes, evaluate, facts, leaks, names, packing, tasks
+from dsv4_training import code_tree, corpus, episodes, evaluate, facts, leaks, membership, names, packing, tasks
 from dsv4_training.code_tree import CodeTree, SourceFile
 from dsv4_training.corpus import Corpus, Document, is_held_out
 from dsv4_training.episodes import Seam, Special
@@ -172,6 +172,30 @@ def test_the_file_named_defines_the_function(text: Corpus, tree: CodeTree) -> No
         assert answers
         for function, path in answers:
             assert f"def {function}(" in files[path]
+
+
+def test_things_belong_to_the_last_part_named_before_them(text: Corpus, tree: CodeTree) -> None:
+    near = set()
+    for seed in range(60):
+        rng = Random(seed)
+        episode = membership.grouped(rng, text, tree, rng.choice((250, 460, 2000)))
+        pieces = [part for part in episode.parts if not isinstance(part, Special | Seam)]
+        end = next(i for i, (_, kind) in enumerate(pieces) if kind in (ANSWER, VALUE)) - 1  # its question
+        document = "".join(written for written, _ in pieces[:end])
+        starts = np.cumsum([0, *(len(written) for written, _ in pieces[:end])])
+        things = {written: int(at) for (written, kind), at in zip(pieces[:end], starts, strict=False) if kind == NOISE}
+        turns = "".join("\0" if isinstance(p, Special) else "" if isinstance(p, Seam) else p[0] for p in episode.parts)
+        names = [written for written, kind in pieces if kind == VALUE]
+        said = [line for line in turns[turns.index(document) + len(document) :].split("\0") if line.strip()]
+        assert len(said) == 2 * len(names)
+        for question, name in zip(said[::2], names, strict=True):
+            thing = max((t for t in things if t in question), key=len)
+            before = document[: things[thing]]
+            at = before.rfind(name)
+            assert at >= 0
+            assert not any(other in before[at + len(name) :] for other in {"[file name]", *names} - {name})
+            near.add(len(before) - at < 80)
+    assert near == {True, False}
 
 
 def test_values_have_the_lengths_asked_for() -> None:

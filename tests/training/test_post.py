@@ -9,6 +9,7 @@ import torch
 
 from dsv4_engine import Engine
 from dsv4_engine.encoding import encode_messages
+from dsv4_engine.errors import InputError
 from dsv4_training import code_tree, corpus, evaluate, packing, post, prompts, specialists
 from dsv4_training.export import load_parameters, save_checkpoint
 from dsv4_training.parameters import initial_parameters
@@ -40,6 +41,8 @@ def test_the_shipped_recipe_is_read() -> None:
     assert {task for s in recipe.specialists for task in s.grounds} <= set(evaluate.TASKS)
     assert post.TASKS == evaluate.TASKS
     assert recipe.tuned(recipe.specialists[1]).data == recipe.specialists[1].data
+    assert recipe.tuned(recipe.specialists[1]).stages == (recipe.tuning,)
+    assert [stage.length for stage in recipe.tuned(recipe.specialists[2]).stages] == [512, 2048, 8192]
 
 
 @pytest.mark.parametrize(
@@ -47,15 +50,16 @@ def test_the_shipped_recipe_is_read() -> None:
     [
         ("kl = 0.01", "lk = 0.01", "unknown key rewards.lk"),
         ("seed = 11\n", "", "lacks seed"),
-        ("length = 1920\nanswer = 64\npasses = 8", "length = 2000\nanswer = 64\npasses = 8", "2000 is not a multiple"),
-        ("passes = 8", "passes = 7", "128 answers a step cannot be learnt from in 7 passes"),
-        ("passes = 6", "passes = 4", "48 prompts in 4 passes cannot be dealt out to 3"),
+        ("length = 3968\nanswer = 64\npasses = 8", "length = 2000\nanswer = 64\npasses = 8", "2000 is not a multiple"),
+        ("passes = 8", "passes = 7", "64 answers a step cannot be learnt from in 7 passes"),
+        ("passes = 6", "passes = 4", "24 prompts in 4 passes cannot be dealt out to 3"),
         ('name = "code"', 'name = "tracking"', "two specialists or more, each with a name of its own"),
         ('grounds = ["code"]', 'grounds = ["cod"]', "grounds cod"),
         ('grounds = ["code"]', "grounds = []", "grounds are missing"),
         ("answers = 8", "answers = 1", "none to be compared with"),
         ("needles = 0.60", "needles = 0.70", r"shares in \[data\]"),
         ("updates = 1", "updates = true", "rewards.updates is True"),
+        ('start = "code"', 'start = "base"', "merging.start is 'base'"),
     ],
 )
 def test_a_wrong_recipe_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_a_wrong_recipe_is_refused(old: str, new: str, message: str, tmp_path: P
         post.load(path)
 
 
-@pytest.mark.parametrize("kind", ["needles", "many_keys", "tracking", "code_lookup", "told"])
+@pytest.mark.parametrize("kind", ["needles", "many_keys", "tracking", "code_lookup", "told", "grouped"])
 def test_the_given_answers_earn_everything(kind: str, source: packing.Source) -> None:
     """Cut where the answer begins; the episode's own answer is worth 1, another question's nothing."""
     tokenizer = tokenizers.Tokenizer.from_str(source.definition)
@@ -175,6 +179,8 @@ answer = 8
 passes = 2
 [rewards.optimiser]
 warmup_steps = 1
+[merging]
+start = "tracking"
 [merging.writing]
 steps = 2
 prompts = 2
@@ -206,9 +212,18 @@ def test_a_run_makes_specialists_and_a_student(tmp_path: Path, source: packing.S
     recipe = post.load(path)
     definition = make_tokenizer(source.corpus, source.tree, 2560, 1)
     config = recipe.model.config()
-    save_checkpoint(tmp_path / "base", config, initial_parameters(config, 1, {}), definition)
+    # As a run's unrounded parameters may be handed on.
+    save_checkpoint(tmp_path / "base", config, initial_parameters(config, 1, {}), definition, quantised=False)
     run = Run(recipe, tmp_path / "base", tmp_path / "out", torch.device("cpu"), 0)
+    with pytest.raises(InputError, match="no specialist sums"):
+        run.train("sums")
+    with pytest.raises(InputError, match="retrieval yet"):
+        run.train("student")
+    run.train("tracking")
+    assert not (tmp_path / "out" / "retrieval").exists()
+    alone = (tmp_path / "out" / "tracking" / "model.safetensors").read_bytes()
     run.train()
+    assert (tmp_path / "out" / "tracking" / "model.safetensors").read_bytes() == alone
     made = {name: (tmp_path / "out" / name / "model.safetensors") for name in ("retrieval", "tracking", "student")}
     bytes_of = {name: file.read_bytes() for name, file in made.items()}
     assert len(set(bytes_of.values())) == 3
@@ -221,4 +236,6 @@ def test_a_run_makes_specialists_and_a_student(tmp_path: Path, source: packing.S
         ("retrieval", "ruler", 2), ("retrieval", "all", 2), ("tracking", "tracking", 2), ("tracking", "all", 2)
     ]  # fmt: skip
     assert (tmp_path / "out" / "comparison.json").is_file()
+    assert run.compare("tracking") == rows[2:]
+    assert (tmp_path / "out" / "comparison-tracking.json").is_file()
     assert specialists.near_enough(rows, 100.0)

@@ -84,9 +84,21 @@ def test_from_recipe_to_scored_checkpoint_in_two_goes(tmp_path: Path) -> None:
     smoke = dataclasses.replace(smoke, stages=stages)
     out = tmp_path / "model"
     assert not run.train(smoke, SMOKE, out, stop_after=0.0)
-    assert not out.exists()
-    assert run.train(smoke, SMOKE, out)
+    assert "4 of 12 steps" in (out / "README.md").read_text(encoding="utf-8")
     kept = tmp_path / "model-run"
+    half = (out / "model.safetensors").read_bytes()
+    (out / "config.json").unlink()
+    assert run.export(smoke, out) == 4
+    assert (out / "model.safetensors").read_bytes() == half
+    with pytest.raises(InputError, match="another recipe"):
+        run.export(dataclasses.replace(smoke, seed=2), out)
+    # Of the recipe what is ahead is edited.
+    edited = tmp_path / "edited.toml"
+    edited.write_text(SMOKE.read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
+    smoke = dataclasses.replace(smoke, stages=(*stages[:2], dataclasses.replace(stages[2], steps=5)))
+    assert run.train(smoke, edited, out)
+    assert (kept / "recipe-until-4.toml").read_bytes() == SMOKE.read_bytes()
+    assert (kept / "recipe.toml").read_bytes() == edited.read_bytes()
     steps = [json.loads(line)["step"] for line in (kept / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert steps[-1] == smoke.steps

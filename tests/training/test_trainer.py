@@ -109,6 +109,18 @@ def test_experts_that_serve_little_get_a_larger_bias() -> None:
 def test_rates_rise_stay_and_fall() -> None:
     run = trainer(dataclasses.replace(RECIPE, optimiser=Optimiser(warmup_steps=2, decay_from=0.5, last_scale=0.1)))
     assert [round(run.rate_scale(step), 3) for step in range(6)] == [0.5, 1.0, 1.0, 1.0, 0.7, 0.4]
+    halved = tuple(dataclasses.replace(stage, rate=0.5) for stage in run.recipe.stages)
+    slower = trainer(dataclasses.replace(run.recipe, stages=halved))
+    assert [round(slower.rate_scale(step), 3) for step in range(6)] == [0.25, 0.5, 0.5, 0.5, 0.35, 0.2]
+
+
+def test_a_run_that_is_told_to_stop_writes_its_state_at_the_next_look(tmp_path: Path) -> None:
+    path, run = tmp_path / "state.safetensors", trainer()
+    watch = run.recipe.routing.watch_every
+    assert run.recipe.steps > watch
+    records = run.run(batches(0), save_to=path, on_step=lambda step: run.stop() if step == 0 else None)
+    assert [record["step"] for record in records] == [watch]
+    assert state.load(path)[1]["step"] == watch
 
 
 def test_states_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +143,9 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     trainer().save(path)
     other = trainer(dataclasses.replace(RECIPE, seed=2))
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match="another recipe") as caught:
         other.load(path)
+    assert "not begun" in caught.value.hint
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be read") as caught:
         trainer().load(path)

@@ -1,8 +1,8 @@
 """The bundled model from a recipe, in one command: ``python -m dsv4_training --recipe FILE``.
 
-Stopped or killed, the same command goes on from the last state.  Other actions score a finished checkpoint in the
-engine, plot a run, compare Muon with AdamW, or provoke a spike of the loss.  Post-training makes specialists of a
-checkpoint and merges them; its comparison shows how near the student comes.
+Stopped or killed, the same command goes on from the last state.  Other actions write the checkpoint of that state while
+a run goes on, score a checkpoint in the engine, plot a run, compare Muon with AdamW, or provoke a spike of the loss.
+Post-training makes specialists of a checkpoint and merges them; its comparison shows how near the student comes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsv4_engine.errors import InputError
 
 from . import recipe as recipes
 
-ACTIONS = ("train", "score", "plot", "compare-optimisers", "provoke-spike", "post-train", "post-compare")
+ACTIONS = ("train", "export", "score", "plot", "compare-optimisers", "provoke-spike", "post-train", "post-compare")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--context", type=int, default=1, help="train, under torchrun: processes that share a sequence (default: 1)"
     )
+    p.add_argument("--only", metavar="NAME", help="post-*: one specialist, or post-train: student (default: all)")
     p.add_argument("--base", type=Path, help="post-train, post-compare: folder of the checkpoint to start from")
     return p
 
@@ -49,6 +50,8 @@ def act(options: argparse.Namespace) -> int:
 
     if options.action == "train":
         run.train(recipe, options.recipe, out, options.stop_after, options.workers, options.context)
+    elif options.action == "export":
+        run.export(recipe, out)
     elif options.action == "score":
         names = options.tasks.split(",") if options.tasks else evaluate.TASKS
         if unknown := [name for name in names if name not in evaluate.TASKS]:
@@ -80,9 +83,9 @@ def act_post(options: argparse.Namespace) -> int:
 
     run = specialists.start(recipe, options.recipe, options.base, out, options.workers)
     if options.action == "post-train":
-        run.train()
+        run.train(options.only)
         return 0
-    rows = run.compare()
+    rows = run.compare(options.only)
     print(specialists.table(rows, recipe.comparison.points))
     return 0 if specialists.near_enough(rows, recipe.comparison.points) else 1
 

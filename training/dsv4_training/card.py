@@ -56,7 +56,7 @@ text around them were never trained on. 95% intervals (Wilson).
 {bits}
 ## How it was made
 
-`python -m dsv4_training --recipe {name}.toml`: {steps:,} steps, {tokens:,.0f} million tokens, {minutes:.1f} minutes
+`python -m dsv4_training --recipe {name}.toml`: {steps} steps, {tokens:,.0f} million tokens, {minutes:.1f} minutes
 of one
 {device} in {calls} go{plural}, from corpus to checkpoint.
 
@@ -66,8 +66,8 @@ of one
 
 Muon (matrices) and AdamW; experts balanced by bias; FP4 experts, FP8 linears and cache rounding emulated where a
 stage says so. Where "positions to" is given, some documents jump forward between two blocks of 128 tokens, so that
-far positions are seen on short texts; the card's scores are of texts of full length. The indexer held {mass:.1%} of
-the attention at the end.
+far positions are seen on short texts; the card's scores are of texts of full length. At the end the indexer's choice
+held {mass:.1%} of the attention over sequences of {longest:,} tokens.
 
 Text: the King James Bible (public domain), the documentation and parts of the standard library of Python 3.11 (PSF
 licence), {code} (PSF licence), and texts from the project's own templates and RULER's wordings (Apache-2.0).
@@ -113,7 +113,7 @@ def model_card(
         millions=parameter_count(config) / 1e6,
         scores=written,
         bits=packed,
-        steps=recipe.steps,
+        steps=f"{last['step']:,}" + (f" of {recipe.steps:,}" if last["step"] < recipe.steps else ""),
         tokens=last["tokens"] / 1e6,
         minutes=account["seconds"] / 60,
         device=account["device"],
@@ -125,6 +125,7 @@ def model_card(
             for s in recipe.stages
         ),
         mass=last["mass"],
+        longest=last["length"],
         accepted=last["accepted"],
         code=code,
         layers=config.num_hidden_layers,

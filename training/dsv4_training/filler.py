@@ -63,7 +63,7 @@ def _sentence(rng: Random) -> str:
     return f"{who} {rng.choice(VERBS)} {rng.choice(OBJECTS)} {rng.choice(ENDINGS)}.{tail}"
 
 
-def _word_salad(rng: Random, words: tuple[str, ...]) -> str:
+def word_salad(rng: Random, words: tuple[str, ...]) -> str:
     picked = [rng.choice(words) for _ in range(rng.randint(4, 14))]
     return " ".join(picked).capitalize() + rng.choice((". ", ". ", ".\n", "? ", "! "))
 
@@ -81,7 +81,7 @@ def _table_row(rng: Random, words: tuple[str, ...]) -> str:
     return ",".join(cells) + "\n" if rng.random() < 0.5 else "| " + " | ".join(cells) + " |\n"
 
 
-def _code_line(rng: Random, words: tuple[str, ...]) -> str:
+def code_line(rng: Random, words: tuple[str, ...]) -> str:
     a, b, c = (rng.choice(words) for _ in range(3))
     form = rng.randrange(6)
     return (
@@ -90,7 +90,7 @@ def _code_line(rng: Random, words: tuple[str, ...]) -> str:
     )[form]  # fmt: skip
 
 
-def _markdown_line(rng: Random, words: tuple[str, ...]) -> str:
+def markdown_line(rng: Random, words: tuple[str, ...]) -> str:
     a, b, c, d = (rng.choice(words) for _ in range(4))
     form = rng.randrange(7)
     return (
@@ -118,11 +118,11 @@ CORPUS_SHARE = 0.56
 MAKERS: tuple[tuple[float, Callable[[Random, tuple[str, ...]], str]], ...] = (
     (0.66, lambda rng, words: _noise(rng)),
     (0.76, lambda rng, words: _sentence(rng)),
-    (0.82, _word_salad),
+    (0.82, word_salad),
     (0.87, _log_line),
     (0.90, _table_row),
-    (0.93, _code_line),
-    (0.97, _markdown_line),
+    (0.93, code_line),
+    (0.97, markdown_line),
     (1.0, _number_line),
 )
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from . import episodes, tasks
+from . import episodes, membership, tasks
 from .code_tree import CodeTree
 from .corpus import Corpus
 from .episodes import Episode, Part, Seam, Special
@@ -102,7 +102,7 @@ def lengthened(
 
 def draw_episode(rng: Random, source: Source, data: Data, stage: Stage, tokens: int) -> Episode:
     """An episode that is to have about ``tokens`` tokens at last."""
-    names = ("needles", "many_keys", "tracking", "code_lookup", "told", "talk", "text")
+    names = ("needles", "many_keys", "tracking", "code_lookup", "told", "talk", "text", "grouped")
     kind = rng.choices(names, [getattr(data, name) for name in names])[0]
     corpus, written = source.corpus, round(tokens * 0.9)
     if kind == "talk":
@@ -111,6 +111,8 @@ def draw_episode(rng: Random, source: Source, data: Data, stage: Stage, tokens: 
         return episodes.told_in_chat(rng, corpus)
     if kind == "text":
         return episodes.plain_text(rng, corpus, written)
+    if kind == "grouped":
+        return membership.grouped(rng, corpus, source.tree, written)
     if kind == "many_keys":
         return tasks.many_keys(rng, corpus, written)
     if kind == "tracking":
@@ -162,7 +164,7 @@ def places(rng: Random, stage: Stage, blocks: int) -> Array:
 def draw_batch(recipe: Recipe, step: int, source: Source, tokenizer: tokenizers.Tokenizer) -> Batch:
     """The batch of step 0, 1, ..."""
     stage, rng = recipe.stage(step), Random(f"{recipe.seed}/{step}")
-    drawn = [_sequence(rng, source, tokenizer, recipe.data, stage) for _ in range(stage.batch)]
+    drawn = [_sequence(rng, source, tokenizer, stage.data or recipe.data, stage) for _ in range(stage.batch)]
     ids, classes, start, place = (np.stack(column) for column in zip(*drawn, strict=True))
     noise = np.random.default_rng(rng.getrandbits(64)).random(classes.shape, dtype=np.float32)
     return Batch(ids, classes, start, place, _rows(classes, noise, stage.index_rows // stage.batch))

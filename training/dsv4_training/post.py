@@ -19,12 +19,13 @@ TASKS = ("ruler", "file", "worded", "held-out", "multikey", "tracking", "code")
 @dataclass(frozen=True)
 class Specialist:
     """data: what it is tuned and questioned on; grounds: the held-out tasks (evaluate.py) on which it is compared;
-    weight: of its divergence when all are merged."""
+    weight: of its divergence when all are merged; tuning: stages of its own instead of the common one."""
 
     name: str
     data: Data
     grounds: tuple[str, ...]
     weight: float = 1.0
+    tuning: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Merging:
-    """On-policy distillation; the questions of a step are dealt out to the specialists in turn."""
+    """On-policy distillation; the questions of a step are dealt out to the specialists in turn.  start: the specialist
+    that the student begins as (what takes a new skill to learn is not learnt from few answers); empty: the base."""
 
     writing: Writing
     optimiser: Optimiser
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class PostRecipe:
     def tuned(self, specialist: Specialist) -> Recipe:
         """The supervised part, as training knows it."""
         return Recipe(
-            f"{self.name}-{specialist.name}", self.seed, self.gpu, (self.tuning,), self.model, self.tuning_optimiser,
-            self.losses, self.routing, specialist.data,
+            f"{self.name}-{specialist.name}", self.seed, self.gpu, specialist.tuning or (self.tuning,), self.model,
+            self.tuning_optimiser, self.losses, self.routing, specialist.data,
         )  # fmt: skip
 
 
@@ -129,6 +132,11 @@ def check(recipe: PostRecipe) -> None:
         len(names) >= 2 and len(set(names)) == len(names),
         "merging needs two specialists or more, each with a name of its own",
         "Give them as [[specialists]].",
+    )
+    need(
+        recipe.merging.start in ("", *names),
+        f"merging.start is {recipe.merging.start!r}",
+        f"One of {', '.join(names)}, or nothing for the base.",
     )
     need("student" not in names, 'a specialist is named "student"', "That is what they are merged into.")
     for specialist in recipe.specialists:

@@ -66,7 +66,7 @@ def draw_question(
             return Question(ids[: span.start], wanted, span.stop - span.start + SPARE)
     raise RecipeError(
         f"in {ATTEMPTS} episodes there was no question of at most {length} tokens with an answer to check",
-        "Give the specialist's data a share of needles, many_keys, tracking or code_lookup, or a longer length.",
+        "Give the specialist's data a share of needles, many_keys, tracking, code_lookup or grouped, or more length.",
     )
 
 

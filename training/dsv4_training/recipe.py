@@ -146,6 +146,7 @@ class Data:
     told: float = 0.03
     talk: float = 0.07
     text: float = 0.04
+    grouped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ class Stage:
     indexer learns to imitate it) or sparse; mtp: weight of its loss, 0 leaves the block out; shortest: document;
     full: share of documents that fill the sequence; many, some, few: shares of documents by number of facts; jumps:
     share of documents with jumps of position, which end before position ``farthest``; index_rows: queries a step on
-    which the indexer is taught; recompute: blocks keep their inputs only (memory for time).
+    which the indexer is taught; recompute: blocks keep their inputs only (memory for time); rate: times the optimiser's
+    rates; data: where it is other than the recipe's.
     """
 
     name: str
@@ -175,6 +177,8 @@ class Stage:
     farthest: int = 1048576
     index_rows: int = 2048
     recompute: bool = False
+    rate: float = 1.0
+    data: Data | None = None
 
     @property
     def batch(self) -> int:
@@ -208,9 +212,18 @@ class Recipe:
             step -= stage.steps
         raise IndexError(f"the recipe has {self.steps} steps")
 
-    def digest(self) -> str:
-        """Of all that decides the numbers of a run."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+    def digest(self, steps: int) -> str:
+        """Of what decides the first ``steps`` steps, so that what is ahead of a run may be edited.
+
+        The rates are left out in so far as they fall with all tokens of the recipe.
+        """
+        begun, left = [], steps
+        for stage in self.stages:
+            if left > 0:
+                begun.append(dataclasses.replace(stage, steps=min(left, stage.steps)))
+            left -= stage.steps
+        decided = dataclasses.asdict(dataclasses.replace(self, stages=tuple(begun)))
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(path: Path) -> Recipe:
@@ -255,6 +268,8 @@ def _path(where: str, key: str) -> str:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):  # of something and None, which is what a key that is not there means
+        kind = typing.get_args(kind)[0]
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return read(kind, value, where)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
@@ -282,12 +297,14 @@ def check(recipe: Recipe) -> None:
     )
     need(len(recipe.optimiser.betas) == 2, "optimiser.betas needs two values", "As in [0.9, 0.95].")
     need(recipe.data.code in CODE_SOURCES, f"data.code is {recipe.data.code!r}", f"One of {', '.join(CODE_SOURCES)}.")
-    shares = [getattr(recipe.data, f.name) for f in dataclasses.fields(Data) if f.name != "code"]
-    need(
-        all(s >= 0 for s in shares) and abs(sum(shares) - 1) < 1e-6,
-        f"the shares in [data] add up to {sum(shares):g}",
-        "They must be at least 0 and add up to 1.",
-    )
+    for at, data in (("[data]", recipe.data), *((f"stage {s.name!r}", s.data or recipe.data) for s in recipe.stages)):
+        shares = [getattr(data, f.name) for f in dataclasses.fields(Data) if f.name != "code"]
+        need(
+            all(s >= 0 for s in shares) and abs(sum(shares) - 1) < 1e-6,
+            f"the shares in {at} add up to {sum(shares):g}",
+            "They must be at least 0 and add up to 1.",
+        )
+        need(data.code == recipe.data.code, f"{at}: other code than in [data]", "A run has one source of code.")
     names = [stage.name for stage in recipe.stages]
     need(len(set(names)) == len(names), "two stages have the same name", "Metrics are told apart by it.")
     try:
@@ -308,6 +325,7 @@ def check(recipe: Recipe) -> None:
         )
         need(stage.attention in ATTENTION, f"{at}: attention {stage.attention!r}", f"One of {', '.join(ATTENTION)}.")
         need(stage.steps > 0, f"{at}: {stage.steps} steps", "At least 1.")
+        need(stage.rate > 0, f"{at}: rate {stage.rate:g}", "Above 0; 1 leaves the optimiser's rates as they are.")
         need(
             stage.shortest <= stage.length,
             f"{at}: shortest {stage.shortest} is longer than its sequences",

@@ -1,7 +1,7 @@
 """The whole run: text and tokenizer, training in one or several goes, checkpoint, scores, model card.
 
 A run has two folders: the checkpoint's, and beside it NAME-run with the recipe, the tokenizer, the state to go on from,
-metrics.jsonl and the plot.
+metrics.jsonl and the plot.  Recipes whose later stages were edited under way stay there as recipe-until-STEP.toml.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +23,10 @@ import tokenizers
 import torch
 
 from dsv4_engine import Engine
+from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import InputError
 
-from . import card, code_tree, corpus, episodes, evaluate, leaks, metrics, packing, ranks, tasks, vocabulary
+from . import card, code_tree, corpus, episodes, evaluate, leaks, metrics, packing, ranks, state, tasks, vocabulary
 from .code_tree import CodeTree
 from .corpus import Corpus
 from .export import save_checkpoint
@@ -90,10 +93,10 @@ def train(
     workers: int | None = None,
     context: int = 1,
 ) -> bool:
-    """Trains, or goes on from the last state; at the end writes the checkpoint.  Returns whether that was reached.
+    """Trains, or goes on from the last state, and writes the checkpoint.  Returns whether the recipe's end was reached.
 
-    stop_after: minutes after which the state is written and the rest left to another call.  Of several processes, as
-    torchrun starts them, every ``context`` share their sequences, and the first one writes.
+    stop_after: minutes after which the rest is left to another call; a termination signal does the same.  Of several
+    processes, as torchrun starts them, every ``context`` share their sequences, and the first one writes.
     """
     began = time.monotonic()
     world = ranks.enter(context)
@@ -106,36 +109,43 @@ def train(
     folder = folder_of(out)
     folder.mkdir(parents=True, exist_ok=True)
     source = ranks.leader_first(world, lambda: prepare(recipe, folder))
-    if leads:
-        shutil.copyfile(recipe_file, folder / "recipe.toml")
     parameters = initial_parameters(recipe.model.config(), recipe.seed, vocabulary.number_tokens(source.definition))
-    state = folder / "state.safetensors"
-    step = _step_of(state)
+    path = state_of(folder)
+    step = int(state.load(path)[1]["step"]) if path.is_file() else 0
     # The processes are forked before the GPU is touched: one that uses it cannot be forked.
     stream = packing.Stream(recipe, source, step, workers_for(workers, device))
     try:
         parameters = {n: p.detach().to(device).requires_grad_(p.requires_grad) for n, p in parameters.items()}
         trainer = ranks.trainer(recipe, parameters, device, world, compiled=device.type == "cuda")
         if step:
-            trainer.load(state)
+            trainer.load(path)
             log.info("going on from step %d of %d", step, recipe.steps)
+        if leads:
+            _keep_recipe(recipe_file, folder / "recipe.toml", step)
+        if world.ranks.count == 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
         record = metrics.Metrics(folder / "metrics.jsonl", trainer.step_number) if leads else None
         trainer.run(
-            stream, record, state, stop_after=None if stop_after is None else max(0.0, 60 * stop_after - _gone(began))
+            stream, record, path, stop_after=None if stop_after is None else max(0.0, 60 * stop_after - _gone(began))
         )
     finally:
         stream.close()
     if record is None:
         return trainer.step_number == recipe.steps
     _account(folder, _gone(began), device)
+    size = _write_checkpoint(out, trainer.config, parameters, source.definition)
+    _write_card(recipe, trainer.config, out, source.tree.about, size, [], None)
+    log.info("wrote %s bytes to %s", f"{size:,}", out)
     metrics.plot({recipe.name: metrics.read(record.path)}, folder / "training.png")
     if trainer.step_number < recipe.steps:
         log.info("stopped at step %d of %d; the same command goes on from there", trainer.step_number, recipe.steps)
-        return False
-    size = save_checkpoint(out, trainer.config, parameters, source.definition)
-    _write_card(recipe, trainer.config, out, source.tree.about, size, [], None)
-    log.info("wrote %s bytes to %s", f"{size:,}", out)
-    return True
+    return trainer.step_number == recipe.steps
+
+
+def _write_checkpoint(out: Path, config: ModelConfig, parameters: dict[str, torch.Tensor], tokenizer: str) -> int:
+    """Scores are of one checkpoint: those of the one before go."""
+    (folder_of(out) / "scores.json").unlink(missing_ok=True)
+    return save_checkpoint(out, config, parameters, tokenizer)
 
 
 def _gone(began: float) -> float:
@@ -146,12 +156,33 @@ def workers_for(asked: int | None, device: torch.device) -> int:
     return asked if asked is not None else max(1, (os.cpu_count() or 2) - 2) if device.type == "cuda" else 0
 
 
-def _step_of(state: Path) -> int:
-    if not state.is_file():
-        return 0
-    from .state import load
+def state_of(folder: Path) -> Path:
+    return folder / "state.safetensors"
 
-    return int(load(state)[1]["step"])
+
+def _keep_recipe(new: Path, kept: Path, step: int) -> None:
+    if kept.is_file() and kept.read_bytes() != new.read_bytes():
+        os.replace(kept, kept.with_name(f"{kept.stem}-until-{step}.toml"))
+    shutil.copyfile(new, kept)
+
+
+def export(recipe: Recipe, out: Path) -> int:
+    """Writes the checkpoint of the run's last state, also while the run goes on; returns that state's step.
+
+    Raises InputError when there is no state, or one of another recipe.
+    """
+    folder = folder_of(out)
+    path, tokenizer = state_of(folder), folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"there is no {path} yet", "A run writes it every minute and when it stops.")
+    tensors, facts = state.load(path)
+    if facts["recipe"] != recipe.digest(facts["step"]):
+        raise InputError(f"{path} is the state of another recipe", "Give the one beside it, recipe.toml.")
+    config = recipe.model.config()
+    parameters = {name: tensors[name] for name in initial_parameters(config, recipe.seed, {})}
+    size = _write_checkpoint(out, config, parameters, tokenizer.read_text(encoding="utf-8"))
+    log.info("step %d of %d: wrote %s bytes to %s", facts["step"], recipe.steps, f"{size:,}", out)
+    return int(facts["step"])
 
 
 def _account(folder: Path, seconds: float, device: torch.device) -> None:
@@ -168,7 +199,8 @@ def score(
 ) -> list[dict[str, Any]]:
     """Scores the checkpoint in the engine, and writes its card anew with the scores; they are kept in scores.json.
 
-    A task and length that was scored before is scored anew; others stay.
+    A task and length that was scored before is scored anew; others stay.  What was exported from a run that has not
+    stopped yet has no card.
     """
     engine = Engine.load(str(out), device=device)
     text = corpus.load()
@@ -191,7 +223,8 @@ def score(
         log.info("%s", json.dumps(known["bits"]))
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in out.iterdir() if file.name != "README.md")
-    _write_card(recipe, engine.config, out, tree.about, size, known["scores"], known["bits"])
+    if (folder_of(out) / "time.json").is_file():
+        _write_card(recipe, engine.config, out, tree.about, size, known["scores"], known["bits"])
     return list(known["scores"])
 
 

@@ -7,6 +7,7 @@ supervised one, which goes on from its state.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -51,8 +52,11 @@ class Run:
     def __init__(self, recipe: PostRecipe, base: Path, out: Path, device: torch.device, workers: int) -> None:
         """Raises InputError when the base is not the recipe's model, or text is missing."""
         self.recipe, self.base, self.out, self.device, self.workers = recipe, base, out, device, workers
-        self.config, _ = load_parameters(base)
-        if self.config != recipe.model.config():
+        given, _ = load_parameters(base)
+        self.config = recipe.model.config()
+        # The base may be as published, or a copy that is not packed.
+        own = self.config
+        if dataclasses.replace(given, quantization=own.quantization, expert_dtype=own.expert_dtype) != own:
             raise InputError(
                 f"the model in {base} is not the one that [model] in the recipe describes",
                 "Give the [model] table of the recipe that it was trained with.",
@@ -69,12 +73,21 @@ class Run:
         pools = Pools.build(self.tokenizer, text, tree, recipe.seed)
         self.source = Source(text, tree, pools, self.definition)
 
-    def train(self) -> None:
-        """All that is not there yet."""
+    def train(self, only: str | None = None) -> None:
+        """All that is not there yet, or of it ``only`` one specialist or the student.
+
+        Specialists know nothing of each other: each may have a process and a GPU of its own.  Raises InputError for a
+        name that there is not, and for a student whose teachers are not there.
+        """
+        names = [specialist.name for specialist in self.recipe.specialists]
+        if only is not None and only not in (*names, STUDENT):
+            raise InputError(f"there is no specialist {only}", f"There are {', '.join(names)}, and {STUDENT}.")
         for specialist in self.recipe.specialists:
-            if not self._there(specialist.name):
+            if only in (None, specialist.name) and not self._there(specialist.name):
                 self._specialise(specialist)
-        if not self._there(STUDENT):
+        if only in (None, STUDENT) and not self._there(STUDENT):
+            if missing := [name for name in names if not self._there(name)]:
+                raise InputError(f"there is no {self.out / missing[0]} yet", "Make the specialists first.")
             self._merge()
 
     def _there(self, name: str) -> bool:
@@ -108,7 +121,7 @@ class Run:
 
     def _merge(self) -> None:
         merging = self.recipe.merging
-        parameters = self.parameters(self.base)
+        parameters = self.parameters(self.out / merging.start if merging.start else self.base)
         student = self._learner(parameters, merging.writing, merging.optimiser, 1)
         teachers = [
             distill.Teacher.of(s.name, self.parameters(self.out / s.name), s.weight, student.mode)
@@ -143,16 +156,23 @@ class Run:
 
         return note
 
-    def compare(self) -> list[Row]:
-        """Base, specialists and student on the same held-out questions; also written to OUT/comparison.json."""
-        for name in (*(s.name for s in self.recipe.specialists), STUDENT):
+    def compare(self, only: str | None = None) -> list[Row]:
+        """Base, specialists (or ``only`` one) and student on the same held-out questions.
+
+        Also written to OUT/comparison.json, or comparison-NAME.json.
+        """
+        chosen = [s for s in self.recipe.specialists if only in (None, s.name)]
+        if not chosen:
+            raise InputError(f"there is no specialist {only}", "Names: see the recipe.")
+        for name in (*(s.name for s in chosen), STUDENT):
             if not self._there(name):
                 raise InputError(f"there is no {self.out / name} yet", "Run post-train first.")
         ground = Ground.of(self.source.corpus, self.source.tree, self.tokenizer)
-        rows = compared(self, self.recipe.comparison, ground)
-        partial = self.out / "comparison.json.partial"
+        rows = compared(self, chosen, self.recipe.comparison, ground)
+        path = self.out / ("comparison.json" if only is None else f"comparison-{only}.json")
+        partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.out / "comparison.json")
+        partial.replace(path)
         return rows
 
 
@@ -174,13 +194,13 @@ class Row:
         return self.special - self.student
 
 
-def compared(run: Run, settings: Comparison, ground: Ground) -> list[Row]:
-    """Rows of every specialist's grounds and lengths, each specialist's sum last."""
+def compared(run: Run, specialists: Sequence[Specialist], settings: Comparison, ground: Ground) -> list[Row]:
+    """Rows of these specialists' grounds and lengths, each specialist's sum last."""
     folders = {"base": run.base, STUDENT: run.out / STUDENT}
-    folders |= {s.name: run.out / s.name for s in run.recipe.specialists}
+    folders |= {s.name: run.out / s.name for s in specialists}
     models = {name: run.parameters(folder) for name, folder in folders.items()}
     rows = []
-    for specialist in run.recipe.specialists:
+    for specialist in specialists:
         sums = dict.fromkeys(("base", specialist.name, STUDENT), 0.0)
         asked = 0
         for task in specialist.grounds:

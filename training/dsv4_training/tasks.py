@@ -218,7 +218,7 @@ def own_tracking(rng: Random, content: list[Piece | Seam], asked: list[Chain]) -
 # Code look-up --------------------------------------------------------------------------------------------------------
 
 
-def _path(rng: Random, corpus: Corpus, path: str) -> str:
+def path_of(rng: Random, corpus: Corpus, path: str) -> str:
     """A file's own path, or one that the code does not give away."""
     kind = rng.random()
     if kind < 0.5:
@@ -246,7 +246,7 @@ def code_lookup(
     shown: list[SourceFile] = []
     for file in chosen:
         part = excerpt(rng, file, each if evaluation else max(120, int(each * rng.uniform(0.4, 1.6))))
-        shown.append(SourceFile(file.path if evaluation else _path(rng, corpus, file.path), part.text))
+        shown.append(SourceFile(file.path if evaluation else path_of(rng, corpus, file.path), part.text))
     parts: list[Piece | Seam] = []
     for file in shown:
         parts += file_block(file.path, [(file.text.rstrip("\n"), TEXT)])

@@ -69,6 +69,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.guard = Guard(recipe.routing, {**parameters, **self._optimizer_state()})
         self.step_number = 0
+        self._stop = False
         self._compiled, self._clock = compiled, clock
         self._piece: Any = torch.compile(losses.piece_losses, dynamic=False) if compiled else losses.piece_losses
         self._captured: tuple[Form, _Recording] | None = None
@@ -95,14 +96,17 @@ class Trainer:
         tensors = {**self.parameters, **self._optimizer_to_save()}
         if self.guard.older is not None and self.guard.anticipates(self.step_number):
             tensors |= {f"older.{name}": self.guard.older[name] for name in self.parameters}
-        return tensors, {"step": self.step_number, "recipe": self.recipe.digest(), "guard": self.guard.facts()}
+        step = self.step_number
+        return tensors, {"step": step, "recipe": self.recipe.digest(step), "guard": self.guard.facts()}
 
     def load(self, path: Path) -> None:
         """Raises InputError when the state is damaged, or of another recipe."""
         tensors, facts = state.load(path)
-        if facts["recipe"] != self.recipe.digest():
+        if facts["recipe"] != self.recipe.digest(facts["step"]):
             raise InputError(
-                f"{path} is the state of another recipe", "Give that recipe, or another folder with --out."
+                f"{path} is the state of another recipe",
+                "Give that recipe, or another folder with --out. What may be edited are stages that have not begun and "
+                "the number of steps of the one under way.",
             )
         with torch.no_grad():
             for name, value in self.parameters.items():
@@ -124,17 +128,17 @@ class Trainer:
         return total
 
     def rate_scale(self, step: int) -> float:
-        """Warm-up by steps; a plateau and a straight line down to ``last_scale`` by tokens."""
-        o = self.recipe.optimiser
+        """Warm-up by steps; a plateau and a straight line down to ``last_scale`` by tokens; times the stage's own."""
+        o, own = self.recipe.optimiser, self.recipe.stage(step).rate
         fall = max(0.0, self.tokens(step) / self._all_tokens - o.decay_from) / (1 - o.decay_from)
-        return min(1.0, (step + 1) / o.warmup_steps) * (1 - fall * (1 - o.last_scale))
+        return own * min(1.0, (step + 1) / o.warmup_steps) * (1 - fall * (1 - o.last_scale))
 
     def run(
         self,
         batches: Iterable[Batch],
         metrics: Metrics | None = None,
         save_to: Path | None = None,
-        save_every: float = 120.0,
+        save_every: float = 60.0,
         stop_after: float | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> list[Record]:
@@ -181,7 +185,7 @@ class Trainer:
             if now - reported > REPORT_EVERY or last:
                 log.info("%s", self._line(record, now - start))
                 reported = now
-            stopping = stop_after is not None and now - start >= stop_after
+            stopping = self._stop or (stop_after is not None and now - start >= stop_after)
             if save_to is not None and (now - saved > save_every or stopping):
                 self.save(save_to)
                 saved = self._clock()
@@ -190,6 +194,10 @@ class Trainer:
         if save_to is not None:
             self.save(save_to)
         return records
+
+    def stop(self) -> None:
+        """At the next look at the loss `run` writes the state and returns (may be called from a signal handler)."""
+        self._stop = True
 
     def _record(self, stage: Stage, window: list[list[float]], seconds: float) -> Record:
         mean = [sum(column) / len(window) for column in zip(*window, strict=True)]
