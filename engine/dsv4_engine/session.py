@@ -71,7 +71,6 @@ class Session:
         """Bytes of state held: compressed rows, windows and unfinished blocks."""
         return self._state.nbytes
 
-    @torch.inference_mode()
     def extend(
         self,
         token_ids: Sequence[int],
@@ -87,7 +86,12 @@ class Session:
         progress(done, total) is called after every chunk.  Raises PromptError for ids outside the vocabulary, no ids,
         or more than the context holds; nothing is taken in then.
         """
-        ids = self._checked(token_ids)
+        if self._step is not None and len(token_ids) == 1:
+            return self._extend_by_one(int(token_ids[0]), logits, progress)
+        with torch.inference_mode():
+            return self._extend_by_chunks(self._checked(token_ids), logits, progress)
+
+    def _extend_by_chunks(self, ids: Tensor, logits: str, progress: Progress | None) -> Tensor:
         parts = []
         done = 0
         while done < len(ids):
@@ -117,6 +121,17 @@ class Session:
         """
         if self.position < self.ctx:
             self._model.ahead(draw, self._state)
+
+    def _extend_by_one(self, token: int, logits: str, progress: Progress | None) -> Tensor:
+        """`extend` by one token of a small model, where a few operations on tensors, or entering a mode, are felt."""
+        assert self._step is not None
+        self._check(token, token, 1)
+        streams = self._advance(token)
+        self._took([token])
+        result = torch.empty(0) if logits == "none" else self._step.logits(streams)
+        if progress is not None:
+            progress(1, 1)
+        return result.view(-1) if logits in ("last", "device") else result
 
     def retrace(self, tokens: Sequence[int], cuts: Sequence[int], progress: Progress | None = None) -> None:
         """Become what a session is that holds ``tokens`` and was cut at ``cuts``, of which this one holds a beginning.
@@ -171,12 +186,16 @@ class Session:
             if self.on_chunk is not None:
                 self.on_chunk(self)
 
-    def _advance(self, part: Tensor) -> Tensor:
+    def _advance(self, part: Tensor | int) -> Tensor:
+        """part: token ids [S], or the one id that a step takes."""
         self._state.save()
         threads = torch.get_num_threads()
-        if self._step is not None and len(part) <= FEW_TOKENS:
+        if self._step is not None and (isinstance(part, int) or len(part) <= FEW_TOKENS):
             torch.set_num_threads(1)
         try:
+            if isinstance(part, int):
+                assert self._step is not None
+                return self._step.forward(part, self._state)
             if self._step is not None and len(part) == 1:
                 return self._step.forward(int(part[0]), self._state)
             return self._model.forward(part, self._state)
@@ -199,19 +218,22 @@ class Session:
         return out
 
     def _checked(self, token_ids: Sequence[int]) -> Tensor:
-        vocab = self._model.config.vocab_size
         if len(token_ids) == 0:
             raise PromptError("there are no tokens to extend the sequence with", "Give at least one token.")
         ids = torch.as_tensor(token_ids, dtype=torch.int64, device="cpu")
-        low, high = int(ids.min()), int(ids.max())
+        self._check(int(ids.min()), int(ids.max()), len(ids))
+        return ids
+
+    def _check(self, low: int, high: int, count: int) -> None:
+        """Whether ``count`` ids from ``low`` to ``high`` may follow."""
+        vocab = self._model.config.vocab_size
         if low < 0 or high >= vocab:
             bad = low if low < 0 else high
             raise PromptError(
                 f"token id {bad} is outside the model's vocabulary 0 to {vocab - 1}", "Use this model's own tokenizer."
             )
-        if self.position + len(ids) > self.ctx:
+        if self.position + count > self.ctx:
             raise PromptError(
-                f"{self.position + len(ids):,} tokens do not fit the context of {self.ctx:,}",
+                f"{self.position + count:,} tokens do not fit the context of {self.ctx:,}",
                 "Shorten the input, or raise the context if the model allows it.",
             )
-        return ids

@@ -94,6 +94,13 @@ class Rows:
     def __len__(self) -> int:
         return self._count
 
+    def __copy__(self) -> Rows:
+        other = Rows.__new__(Rows)  # `copy` goes a longer way, which a decoded token of a small model feels
+        other.fmt, other.device, other._segment_rows = self.fmt, self.device, self._segment_rows
+        other._full, other._tail, other._tail_rows = self._full, self._tail, self._tail_rows
+        other._count, other._ahead = self._count, self._ahead
+        return other
+
     @property
     def nbytes(self) -> int:
         """Bytes of the rows held (not of the reserve behind the last one)."""
@@ -174,6 +181,8 @@ class Rows:
         self._tail = grown
 
     def _slices(self, start: int, end: int) -> list[tuple[int, Tensor]]:
+        if not self._full and self._tail is not None and start < end <= self._tail_rows:
+            return [(start, self._tail[start:end])]
         parts = self._full if self._tail is None else (*self._full, self._tail[: self._tail_rows])
         found, first = [], 0
         for part in parts:
@@ -215,8 +224,14 @@ class LayerState:
 
     def mark(self) -> LayerState:
         """This state as it is now: it stays so while this one goes on.  Only one of the two may go on (else `fork`)."""
-        rows, blocks = (copy(self.entries), copy(self.index_keys)), (copy(self.block), copy(self.index_block))
-        return LayerState(self.window, blocks[0], rows[0], blocks[1], rows[1])
+        block, index_block = self.block, self.index_block
+        return LayerState(
+            self.window,
+            block and BlockState(block.pending, block.previous),
+            copy(self.entries),
+            index_block and BlockState(index_block.pending, index_block.previous),
+            copy(self.index_keys),
+        )
 
     def fork(self) -> LayerState:
         """A state with the same past that grows apart; the past's rows are shared, not copied."""

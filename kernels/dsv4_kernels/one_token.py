@@ -8,7 +8,9 @@ Arrays are float32 unless said.  Letters: D hidden, J streams, M coefficients, H
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import exp, sqrt
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,39 +20,63 @@ from .hyper_connection import sinkhorn_one
 from .rounding import E2M1_LARGEST, E4M3_LARGEST, FP4_AMAX_FLOOR, FP8_AMAX_FLOOR, hadamard_matrix
 
 Floats = NDArray[np.float32]
+Turns = NDArray[np.complex64]
 _CPU = torch.device("cpu")
+# From this many multiplications on OpenBLAS shares a matrix product, or one of a matrix and a vector, among threads;
+# where those sleep or the other cores are busy, that takes milliseconds.
+MATRIX_PRODUCT, VECTOR_PRODUCT = (1 << 19) - 1, 9215
+INDEX_TILE, FEW_HEADS = 1 << 17, 4  # a product of 64 keys with 16 heads is faster than larger ones
+SAFE_EXPONENT = 40.0
+LEAST_GATE = np.float32(-87.0)  # its exponential is still a float32; what comes out is 1e-36 where it would be less
 _SMALLEST_NORMAL_E4M3 = np.float32(2.0**-6)
 # Adding and taking away 1.5 * 2^23 units of a spacing rounds to that spacing, ties to even; e4m3 has 3 mantissa bits.
 _ROUNDS_TO_3_BITS = np.float32(1.5 * 2.0**20)
 _EXPONENT = np.int32(0x7F800000)
 
 
-def product(weight_OI: Floats, x_I: Floats, out_O: Floats | None = None) -> Floats:
-    """W x: [O].  One dot product a row, which streams the matrix; also [G, O, I] and x [G, 1, I] -> [G, O]."""
-    return np.vecdot(weight_OI, x_I, out_O)
+# product(W [O, I], x [I], out [O] or None) = W x: [O].  One dot product a row, which streams the matrix; also [G, O, I]
+# and x [G, 1, I] -> [G, O].  The name of a NumPy call and no function: a decoded token has a hundred of them.
+product = np.vecdot
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """norm.rms_norm of one vector [C]."""
-    return x * (1.0 / sqrt(float(np.dot(x, x)) / x.size + eps)) * weight
+    normed = x * np.float32(1.0 / sqrt(float(x.dot(x)) / x.size + eps))
+    normed *= weight
+    return normed
 
 
 def rms_norm_heads(x_HC: Floats, eps: float) -> Floats:
     """norm.rms_norm of every row, without a weight."""
-    inverse = 1.0 / np.sqrt(np.vecdot(x_HC, x_HC) / np.float32(x_HC.shape[1]) + np.float32(eps))
-    return x_HC * inverse[:, None]
+    return x_HC * inverse_norms(x_HC, eps, np.full(x_HC.shape[0], sqrt(x_HC.shape[1]), np.float32))[:, None]
 
 
-def rotate(x: Floats, phases: NDArray[np.complex64]) -> Floats:
-    """rope.rotate: x [..., C], contiguous; phases complex64 [C / 2]."""
-    return (x.view(np.complex64) * phases).view(np.float32)
+def inverse_norms(x_HC: Floats, eps: float, scale_H: Floats) -> Floats:
+    """What `norm.rms_norm` multiplies every row with, times C^-1/2 and a scale of its own: [H]."""
+    norms = np.vecdot(x_HC, x_HC)
+    norms += np.float32(x_HC.shape[1] * eps)
+    np.sqrt(norms, out=norms)
+    return np.divide(scale_H, norms, out=norms)
 
 
-def rope_phases(position: int, freqs: Floats, channels: int) -> NDArray[np.complex64]:
-    """rope.rope_phases of one position: complex64 [channels / 2]."""
-    phases = np.ones(channels // 2, np.complex64)
-    angle = np.float32(position) * freqs
-    turning = phases[channels // 2 - freqs.size :]
+def widened(x: NDArray[Any]) -> Floats:
+    """float32 itself, or the bits of bfloat16 (uint16), as float32."""
+    return x if x.dtype == np.float32 else (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def rotate(x: Floats, phases: Turns, out: Floats | None = None) -> Floats:
+    """rope.rotate: x [..., C], contiguous; phases complex64 [C / 2].  ``out`` may be x itself."""
+    if out is None:
+        return (x.view(np.complex64) * phases).view(np.float32)
+    np.multiply(x.view(np.complex64), phases, out=out.view(np.complex64))
+    return out
+
+
+def rope_phases(position: int | NDArray[np.int64], freqs: Floats, channels: int) -> Turns:
+    """rope.rope_phases: complex64 [.., channels / 2]; positions [P] or one, freqs [R] or several sets [.., R]."""
+    angle = np.multiply.outer(np.asarray(position, np.float32), freqs)
+    phases = np.ones((*angle.shape[:-1], channels // 2), np.complex64)
+    turning = phases[..., channels // 2 - freqs.shape[-1] :]
     turning.real, turning.imag = np.cos(angle), np.sin(angle)
     return phases
 
@@ -95,11 +121,6 @@ def round_bf16(x: Floats) -> Floats:
     return ((bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))) & np.int32(-0x10000)).view(np.float32)
 
 
-def sigmoid(x: Floats) -> Floats:
-    """1 / (1 + exp(-x)); the exponential may overflow to infinity, which gives the right 0."""
-    return np.float32(1.0) / (np.exp(-x) + np.float32(1.0))
-
-
 def mixing(
     x_JD: Floats, fn: Floats, base_M: Floats, *, iterations: int, hc_eps: float, norm_eps: float
 ) -> tuple[Floats, Floats, Floats]:
@@ -110,49 +131,86 @@ def mixing(
     From the 24 projections on in Python's numbers (float64): fewer calls than any array of them.
     """
     m = _projected(x_JD, fn, base_M, norm_eps).tolist()
-    gates = [1.0 / (1.0 + exp(-g)) if g > -80.0 else 0.0 for g in m[:8]]
+    pre = [1.0 / (1.0 + exp(-g)) + hc_eps if g > -80.0 else hc_eps for g in m[:4]]
+    post = [2.0 / (1.0 + exp(-g)) if g > -80.0 else 0.0 for g in m[4:8]]
     rows = []
     for i in (8, 12, 16, 20):
         a, b, c, d = m[i : i + 4]
         top = max(a, b, c, d)
         a, b, c, d = exp(a - top), exp(b - top), exp(c - top), exp(d - top)
         share = 1.0 / (a + b + c + d)
-        rows.append([a * share + hc_eps, b * share + hc_eps, c * share + hc_eps, d * share + hc_eps])
-    comb_KJ = np.array(sinkhorn_one(rows, iterations, hc_eps), np.float32).T
-    pre, post = [g + hc_eps for g in gates[:4]], [[2.0 * g] for g in gates[4:]]
-    return np.array(pre, np.float32), np.array(post, np.float32), comb_KJ
+        rows.append((a * share + hc_eps, b * share + hc_eps, c * share + hc_eps, d * share + hc_eps))
+    a, b, c, d = sinkhorn_one(rows, iterations, hc_eps)
+    all_M = np.array((*pre, *post, *a, *b, *c, *d), np.float32)
+    return all_M[:4], all_M[4:8, None], all_M[8:].reshape(4, 4).T
 
 
 def head_mixing(x_JD: Floats, fn: Floats, base_J: Floats, *, hc_eps: float, norm_eps: float) -> Floats:
     """hyper_connection.head_mixing of one token: [J]."""
-    return sigmoid(_projected(x_JD, fn, base_J, norm_eps)) + np.float32(hc_eps)
+    m = _projected(x_JD, fn, base_J, norm_eps).tolist()
+    return np.array([1.0 / (1.0 + exp(-g)) + hc_eps if g > -80.0 else hc_eps for g in m], np.float32)
 
 
 def _projected(x_JD: Floats, fn: Floats, base_M: Floats, norm_eps: float) -> Floats:
     flat = x_JD.reshape(-1)
-    inverse = 1.0 / sqrt(float(np.dot(flat, flat)) / flat.size + norm_eps)
+    inverse = np.float32(1.0 / sqrt(float(flat.dot(flat)) / flat.size + norm_eps))
     return np.vecdot(fn, flat) * inverse + base_M
 
 
 def swiglu(gate_up: Floats, limit: float) -> Floats:
-    """moe.swiglu: [..., 2I] -> [..., I]."""
-    half = gate_up.shape[-1] // 2
-    gate = np.minimum(gate_up[..., :half], np.float32(limit))
-    up = np.minimum(np.maximum(gate_up[..., half:], np.float32(-limit)), np.float32(limit))
-    return gate * sigmoid(gate) * up
+    """moe.swiglu of gate and up one behind the other: [2, .., I] -> [.., I]."""
+    cut = np.minimum(gate_up, np.float32(limit))
+    gate, up = cut
+    np.maximum(gate, LEAST_GATE, out=gate)
+    np.maximum(up, np.float32(-limit), out=up)
+    up *= gate
+    np.negative(gate, out=gate)
+    np.exp(gate, out=gate)
+    gate += np.float32(1.0)
+    up /= gate
+    return up
 
 
 def router_scores(logits_E: Floats) -> Floats:
-    """sqrt(softplus(logits)): as torch has it, the identity above 20."""
-    return np.sqrt(np.where(logits_E > 20, logits_E, np.log1p(np.exp(np.minimum(logits_E, np.float32(20))))))
+    """sqrt(softplus(logits)); torch's is the identity above 20, where the two are the same float32."""
+    return np.sqrt(np.logaddexp(np.float32(0.0), logits_E))
 
 
-def softmax(logits_HX: Floats) -> Floats:
-    """softmax over the last dim, in place."""
-    logits_HX -= logits_HX.max(1)[:, None]
-    np.exp(logits_HX, logits_HX)
-    logits_HX *= 1.0 / logits_HX.sum(1)[:, None]
-    return logits_HX
+@lru_cache(maxsize=1024)
+def _ones(count: int) -> Floats:
+    return np.ones(count, np.float32)
+
+
+def attend(q_HC: Floats, parts: list[Floats], sink_H: Floats, bounded: bool) -> Floats:
+    """attention.dense_attention of one token: rows [R, C] in parts, queries already scaled -> [H, C].
+
+    bounded: no score and no sink is beyond +-SAFE_EXPONENT, so that exponentials need no common factor taken out.
+    """
+    most, q_CH, tiles = max(1, MATRIX_PRODUCT // q_HC.size), q_HC.T, []
+    for part in parts:
+        rows = part.shape[0]
+        if rows <= most:
+            tiles.append(part)
+        else:
+            step = -(-rows // -(-rows // most))  # tiles of about one size
+            tiles += [part[i : i + step] for i in range(0, rows, step)]
+    weights = [tile.dot(q_CH) for tile in tiles]
+    sink_H = sink_H.copy()
+    if not bounded:
+        top_H = np.maximum.reduce([sink_H, *(np.maximum.reduce(weights_RH) for weights_RH in weights)])
+        for logits in (sink_H, *weights):
+            logits -= top_H
+    total_H, out_HC = np.exp(sink_H, out=sink_H), None
+    for tile, weights_RH in zip(tiles, weights, strict=True):
+        np.exp(weights_RH, out=weights_RH)
+        total_H += _ones(tile.shape[0]).dot(weights_RH)
+        some = weights_RH.T.dot(tile)
+        if out_HC is None:
+            out_HC = some
+        else:
+            out_HC += some
+    out_HC /= total_H[:, None]
+    return out_HC
 
 
 def pool(kv_RC: Floats, gate_RC: Floats) -> Floats:
@@ -161,15 +219,38 @@ def pool(kv_RC: Floats, gate_RC: Floats) -> Floats:
     return (weights * kv_RC).sum(0) / weights.sum(0)
 
 
+def index_scores(q_HC: Floats, keys_NC: Floats, weights_H: Floats) -> Floats:
+    """The lightning indexer's scores, sum_h w_h relu(q_h k): [N]."""
+    keys, heads = keys_NC.shape[0], q_HC.shape[0]
+    scores_N = np.empty(keys, np.float32)
+    step, block, q_CH = max(1, INDEX_TILE // q_HC.size), max(1, min(512, VECTOR_PRODUCT // heads)), q_HC.T
+    for first in range(0, keys, block):
+        some_NC = keys_NC[first : first + block]
+        if heads <= FEW_HEADS:
+            scores_NH = np.vecdot(some_NC[:, None], q_HC)
+        else:
+            np.maximum.reduce(some_NC, None)  # read in order, they come faster than the product would fetch them
+            scores_NH = np.empty((some_NC.shape[0], heads), np.float32)
+            for i in range(0, some_NC.shape[0], step):
+                np.dot(some_NC[i : i + step], q_CH, scores_NH[i : i + step])
+        np.maximum(scores_NH, np.float32(0.0), out=scores_NH)
+        np.dot(scores_NH, weights_H, scores_N[first : first + block])
+    return scores_N
+
+
 def largest(scores_N: Floats, count: int) -> NDArray[np.intp]:
     """Entries of the ``count`` largest scores, rising; of equal scores the lower entries."""
-    least = np.sort(scores_N)[scores_N.size - count]  # np.partition is five times slower where many scores are 0
+    rising = np.sort(scores_N)  # np.partition is five times slower where many scores are 0
+    least = rising[scores_N.size - count]
+    chosen = (scores_N >= least).nonzero()[0]
+    if chosen.size == count:
+        return chosen
     above = scores_N > least
-    tied = np.flatnonzero(scores_N == least)
+    tied = (scores_N == least).nonzero()[0]
     above[tied[: count - int(np.count_nonzero(above))]] = True
-    return np.flatnonzero(above)
+    return above.nonzero()[0]
 
 
 def best(scores_E: Floats, count: int) -> list[int]:
     """Indices of the ``count`` largest, largest first, the lower index among equals."""
-    return np.argsort(-scores_E, kind="stable")[:count].tolist()
+    return (-scores_E).argsort(kind="stable")[:count].tolist()

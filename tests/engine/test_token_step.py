@@ -98,6 +98,21 @@ def test_small_models_on_a_cpu_use_it_and_only_for_single_tokens(
     assert seen == [7, 9]
 
 
+@pytest.mark.parametrize("start", [5, 120, 255])
+def test_forks_that_grow_in_turn_do_not_touch_each_other(tmp_path: Path, start: int) -> None:
+    engine = _engine(tmp_path, "fp32", quantised=False)
+    first = engine.session()
+    first.extend(IDS[:start])
+    alone, second = first.fork(), first.fork()
+    expected = [alone.extend([token]) for token in IDS[start : start + 12]]
+    got = []
+    for token in IDS[start : start + 12]:
+        got.append(first.extend([token]))
+        second.extend([token ^ 1])
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_half_precision_models_do_not(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model")
     assert not TokenStep.possible(Engine.load(folder, dtype="bfloat16").model)

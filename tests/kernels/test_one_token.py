@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4_kernels import compress, hyper_connection, moe, norm, one_token, rope, rounding
+from dsv4_kernels import attention, compress, hyper_connection, moe, norm, one_token, rope, rounding
 
 CLOSE = {"rtol": 2e-6, "atol": 2e-6}
 
@@ -74,15 +74,49 @@ def test_a_gate_far_below_zero_is_zero_without_overflow() -> None:
     assert np.all(pre == np.float32(1e-6)) and not post.any() and np.isfinite(comb).all()
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+def test_sinkhorn_of_one_matrix_is_the_general_one(eps: float, spread: float) -> None:
+    for zeros in ((), ((0, 1), (3, 3)), ((0, 0), (2, 0), (1, 2))):
+        matrices = (torch.randn(2, 4, 4, dtype=torch.float64) * spread).softmax(2) + eps
+        for row, column in zeros:
+            matrices[:, row, column] = 0.0
+        ours = hyper_connection.sinkhorn_one(matrices[0].tolist(), 20, eps)
+        torch.testing.assert_close(torch.tensor(ours).double(), hyper_connection.sinkhorn(matrices, 20, eps)[0])
+
+
+@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("rows", [(1,), (127, 3), (128, 700)])
+@pytest.mark.parametrize("spread", [1.0, 200.0])  # scores that exponentials can take as they are, and others
+def test_attention(heads: int, rows: tuple[int, ...], spread: float) -> None:
+    q = torch.nn.functional.normalize(torch.randn(heads, 128))
+    parts, sink = [torch.randn(count, 128) * spread for count in rows], torch.randn(heads) * spread
+    ours = one_token.attend(q.numpy(), [part.numpy() for part in parts], sink.numpy(), bounded=spread == 1.0)
+    entries = torch.cat(parts[1:]) if len(parts) > 1 else torch.empty(0, 128)
+    reference = attention.dense_attention(q[None], parts[0], entries, None, sink, 128)[0]
+    close = 2e-6 if spread == 1.0 else 0.02  # the exponential of a score of hundreds is that much less exact
+    torch.testing.assert_close(torch.from_numpy(ours), reference, rtol=2e-5, atol=close)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16, 64])
+@pytest.mark.parametrize("keys", [1, 513, 2500])
+def test_index_scores(heads: int, keys: int) -> None:
+    q, k, weights = torch.randn(heads, 128), torch.randn(keys, 128), torch.randn(heads)
+    ours = one_token.index_scores(q.numpy(), k.numpy(), weights.numpy())
+    reference = ((q.double() @ k.double().T).relu() * weights[:, None].double()).sum(0)
+    torch.testing.assert_close(torch.from_numpy(ours).double(), reference, rtol=1e-5, atol=1e-4)
+
+
 def test_experts_and_pooling() -> None:
     gate_up = torch.randn(6, 256) * 20
-    _close(one_token.swiglu(gate_up.numpy(), 10.0), moe.swiglu(gate_up, 10.0))
+    one_behind_the_other = np.stack(np.split(gate_up.numpy(), 2, axis=1))
+    _close(one_token.swiglu(one_behind_the_other, 10.0), moe.swiglu(gate_up, 10.0))
     logits = torch.tensor([-60.0, -3.0, 0.0, 5.0, 19.9, 20.1, 80.0])
     _close(one_token.router_scores(logits.numpy()), torch.nn.functional.softplus(logits).sqrt())
     kv, gate = torch.randn(1, 8, 64), torch.randn(1, 8, 64)
     gate[:, :4] = float("-inf")  # the first block of a sequence has none before it
     _close(one_token.pool(kv[0].numpy(), gate[0].numpy()), compress.pool_blocks(kv, gate)[0])
-    weight, x = torch.randn(33, 96), torch.randn(96)
+    weight, x = torch.randn(33, 96) * 96**-0.5, torch.randn(96)  # sums of about 1, whose terms cancel
     _close(one_token.product(weight.numpy(), x.numpy()), torch.mv(weight, x))
 
 
