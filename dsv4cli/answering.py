@@ -44,6 +44,7 @@ class Outcome:
     """One answer and what it cost.  Tokens are counted over the whole prompt; seconds are the model's work.
 
     session: holds the prompt and the answer; None where nothing was read, or a step was interrupted half-way.
+    read: of the prompt's tokens, how many were held when reading was stopped; None where all of it was read.
     """
 
     prompt_tokens: int
@@ -56,11 +57,13 @@ class Outcome:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     kv_bytes: int = 0
+    read: int | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
     def prefill_rate(self) -> float:
-        return per_second(self.prompt_tokens - self.cached_tokens, self.prefill_s)
+        read = self.prompt_tokens if self.read is None else self.read
+        return per_second(read - self.cached_tokens, self.prefill_s)
 
     @property
     def decode_rate(self) -> float:
@@ -86,6 +89,8 @@ def load(
             limits=Limits(placed.gpu, placed.cpu),
             device_map=placed.device_map,
         )
+    if placed.gpu and device == "cpu":
+        note("note: --gpu-mem changes nothing on the CPU; --device cuda computes on a GPU", style="dim")
     if engine.backend.why:
         note(f"note: the GPU runs torch's own operations and not the Triton kernels: {engine.backend.why}", style="dim")
     return engine, time.monotonic() - started
@@ -189,6 +194,9 @@ def _read_prompt(
             outcome.session = session
             if len(ids) - 1 > session.position:
                 session.extend(ids[session.position : -1], logits="none", progress=advance)
+    except KeyboardInterrupt:
+        outcome.read = session.position
+        raise
     finally:
         outcome.prefill_s = time.perf_counter() - started
     return session
@@ -285,9 +293,10 @@ def peak_gpu_memory() -> int:
 def closing_lines(outcome: Outcome, how: How) -> Iterator[str]:
     """For the person, after an answer: what it cost, and why it ended if not by itself."""
     kept = f" ({count(outcome.cached_tokens)} kept)" if outcome.cached_tokens else ""
+    read = "" if outcome.read is None else f"{count(outcome.read)} of "
     on_gpu = f" and {file_size(gpu)} on the GPU" if (gpu := peak_gpu_memory()) else ""
     yield (
-        f"{count(outcome.prompt_tokens)} tokens in{kept}, {count(outcome.prefill_rate)}/s"
+        f"{read}{count(outcome.prompt_tokens)} tokens in{kept}, {count(outcome.prefill_rate)}/s"
         f" · {count(outcome.completion_tokens)} out, {outcome.decode_rate:,.1f}/s"
         f" · cache {file_size(outcome.kv_bytes)} · peak memory {file_size(peak_memory())}{on_gpu}"
     )

@@ -75,7 +75,7 @@ def _on_gpus(
     from dsv4_engine.device_map import AUTO, BALANCED, Limits, chosen_map
     from dsv4_engine.gpu.apart_plan import Machine, apart_plan
     from dsv4_engine.gpu.choice import refusal
-    from dsv4_engine.placement import PROGRAM, program_bytes
+    from dsv4_engine.placement import program_bytes
     from dsv4_engine.weights import Published
 
     tensors = weights or Published(config)
@@ -86,14 +86,18 @@ def _on_gpus(
     if imagined:
         program = program_bytes()
         memory = placed.cpu if placed.cpu is not None else Machine.here([], limits).memory + program
-        machine = Machine(devices, placed.gpu, max(0, memory - program - PROGRAM), program)
+        machine = Machine(devices, placed.gpu, max(0, memory - program), program)
     else:
         from dsv4_engine.engine import choose_backend
+        from dsv4_engine.gpu.choice import too_old_for_triton
 
         try:
-            devices = tuple(str(one) for one in choose_backend(device).devices)
+            backend = choose_backend(device)
         except ValueError as error:
             raise InputProblem(str(error), "Give --gpu-mem to plan for GPUs that are not here.") from error
+        if why := too_old_for_triton(backend):
+            raise InputProblem(f"this plan is for the Triton kernels: {why}", "Without --plan sizes are shown.")
+        devices = tuple(str(one) for one in backend.devices)
         machine = Machine.here(devices, limits)
     wanted = None
     if placed.device_map not in (AUTO, BALANCED):
@@ -158,7 +162,7 @@ def show_plan(found: dict[str, Any]) -> None:
         better = "copied" if copy <= cpu else "copied all the same"
         times = f"{1e3 * copy:,.2f} ms over the link; this CPU takes {1e3 * cpu:,.0f} ms"
         lines.append(["a missed expert", better, times])
-    table("\nExpected at best", ["", "", ""], lines)
+    table(f"\nExpected at best, at the end of {count(found['ctx'])} tokens", ["", "", ""], lines)
     for line in [*expected["sources"], *found["advice"]]:
         print(line)
 

@@ -38,8 +38,8 @@ def chat(
 ) -> None:
     """Talk with the model; /help lists what can be typed besides questions.
 
-    Ctrl-C stops the answer, Ctrl-D leaves.  With --json the answers go to standard error, and the
-    conversation is printed as one JSON document at the end.
+    Ctrl-C stops the answer, Ctrl-D leaves.
+    With --json the answers go to standard error, and the conversation is printed as one JSON document at the end.
 
     Examples:
 

@@ -7,6 +7,7 @@ Imports no torch until the cache's byte layouts are asked for.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -214,6 +215,13 @@ def bytes_on_disk(weights: Weights) -> dict[str, int]:
         sizes[part_of(name)] = sizes.get(part_of(name), 0) + weights.nbytes(name)
     unused = weights.checkpoint.total_bytes - sum(sizes.values())
     return sizes | ({"unused": unused} if unused else {})
+
+
+def enough_bytes(size: int) -> str:
+    """A size as --cpu-mem takes it, rounded up so that it suffices: "13.2GiB", below that "460MiB"."""
+    if size >= 1 << 30:
+        return f"{math.ceil(10 * size / (1 << 30)) / 10:.1f}GiB"
+    return f"{10 * math.ceil(size / (10 << 20))}MiB"
 
 
 def readable_bytes(size: float) -> str:

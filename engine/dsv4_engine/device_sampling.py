@@ -61,7 +61,8 @@ def _drawn(logits_V: Tensor, sampling: Sampling, draw: float) -> tuple[Tensor, T
         weights = weights.masked_fill(weights < sampling.min_p, 0.0)
     if sampling.top_p < 1:
         total = weights.sum()
-        best, order = weights.sort(descending=True, stable=True)  # equals by place
+        order = logits_V.argsort(descending=True, stable=True)  # equals by place
+        best = weights[order]
         before, enough = best.cumsum(0) - best, sampling.top_p * total
         certain = torch.minimum(certain, ((before - enough) / total).abs().min())
         weights = torch.zeros_like(weights).scatter_(0, order, best.masked_fill(before >= enough, 0.0))

@@ -132,8 +132,9 @@ class OwnFolder:
         known = {name.split("/")[0] for name in self._listing.files}
         known |= {DOWNLOAD_MARK, ".cache"}  # .cache is of hf download
         if foreign := [name for name in entries if name not in known]:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise InputError(
-                f"{self.folder} is not empty: it holds {len(foreign)} other entries, such as {foreign[0]}",
+                f"{self.folder} is not empty: it holds {foreign[0]}{more}",
                 "Name a new or empty folder with --dir.",
             )
         for file in files:

@@ -21,7 +21,8 @@ from dsv4_engine.roofline import DEVICES, Device, bound
 from dsv4_engine.weights import Weights
 from dsv4_kernels.linear import Weight, linear
 
-LINKS = {"h200": 55e9, "h100": 50e9, "a100": 24e9, "rtx4090": 24e9}  # bytes/s from page-locked memory, PCIe 5 and 4
+# Bytes/s from page-locked memory, PCIe 5.  Of the cards in roofline.py those that the Triton kernels run on.
+LINKS = {"h200": 55e9, "h100": 50e9}
 LINK, DISK = 24e9, 2e9  # bytes/s where nothing better is known
 _PROBE = 64 << 20  # bytes of a file that are read to measure the disk
 _STORED = {"routed experts": "expert", "projections": "fp8", "index projections": "fp8", "shared expert": "fp8"}
@@ -63,7 +64,8 @@ def rates_for(plan: MemoryPlan, weights: Weights | None) -> Rates:
     if plan.device != "cpu":
         name = _card(plan.rooms[plan.device.split(",")[0]])
         gpu, link = DEVICES[name], LINKS[name]
-        sources.append(f"GPU: rates of {gpu.name} ({gpu.source}); link {link / 1e9:.0f} GB/s")
+        where = "" if torch.cuda.is_available() else "; the kernels need compute capability 9.0"
+        sources.append(f"GPU: rates of {gpu.name} ({gpu.source}); link {link / 1e9:.0f} GB/s{where}")
     disk = DISK
     if plan.slots and any(row.place == "disk" for row in plan.rows):
         measured = _disk_rate(weights) if weights is not None else None
@@ -71,7 +73,8 @@ def rates_for(plan: MemoryPlan, weights: Weights | None) -> Rates:
         sources.append(f"disk {disk / 1e9:.1f} GB/s, " + ("measured" if measured else "assumed"))
     unpack, product = _cpu_rates()
     if plan.device == "cpu":
-        sources.append(f"CPU: measured on {torch.get_num_threads()} threads, {product / 1e9:.0f} GFLOP/s")
+        threads = "one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+        sources.append(f"CPU: measured on {threads}, {product / 1e9:.0f} GFLOP/s")
     return Rates(gpu, link, disk, unpack, product, tuple(sources))
 
 
@@ -125,13 +128,13 @@ def _cpu_seconds(found: tuple[Cost, ...], rates: Rates, expand: bool) -> float:
 
 
 def _card(room: int) -> str:
-    """The named card whose memory is nearest."""
+    """The card that is here, else the one whose memory is nearest."""
     if torch.cuda.is_available():
         present = torch.cuda.get_device_name(0).lower().replace(" ", "")
-        for name in DEVICES:
+        for name in LINKS:
             if name in present:
                 return name
-    return min(DEVICES, key=lambda name: abs(DEVICES[name].memory - room))
+    return min(LINKS, key=lambda name: abs(DEVICES[name].memory - room))
 
 
 def _disk_rate(weights: Weights) -> float | None:

@@ -147,11 +147,6 @@ def measure(
             if whole_chunks and len(sizes) < len(lengths):
                 sizes.append((session.kv_bytes, allocated_bytes(session)))
         took = now(engine.device) - before
-    if not whole_chunks:
-        other = engine.session()
-        for start, end in pairwise([0, *lengths]):
-            other.extend(ids[start:end], "none")
-            sizes.append((other.kv_bytes, allocated_bytes(other)))
     config = whole or engine.config
     forms: Held = engine.dtype if engine.plan.expand else "published"  # type: ignore[assignment]
     found = prefill_costs(config, ctx, chunk=engine.chunk, kv_dtype=engine.kv_dtype, held=forms)
@@ -166,6 +161,11 @@ def measure(
     found = decode_costs(config, session.position, kv_dtype=engine.kv_dtype, held=forms)
     seconds = {key: value / len(watched) for key, value in clock.seconds.items()}
     decode = _phase(1, session.position, median(plain), seconds, found, device, engine.config, whole)
+    if not whole_chunks:
+        session = engine.session()  # in the other's place: memory is planned for one
+        for start, end in pairwise([0, *lengths]):
+            session.extend(ids[start:end], "none")
+            sizes.append((session.kv_bytes, allocated_bytes(session)))
     fit = fit_cache(engine.config, engine.kv_dtype, lengths, *map(list, zip(*sizes, strict=True)))
     return Measurement(prefill, decode, fit, scaled=whole is not None)
 

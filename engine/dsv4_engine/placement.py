@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
-from dsv4_engine.accounting import kv_bytes, part_of, readable_bytes, sequence_state_bytes
+from dsv4_engine.accounting import enough_bytes, kv_bytes, part_of, readable_bytes, sequence_state_bytes
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.device_map import DeviceMap, Limits, everything_on
 from dsv4_engine.errors import DeviceError, MemoryPlanError
@@ -150,10 +150,12 @@ def memory_plan(
     if apart and device == "cpu" and number:
         moved = {n for n in held if _expert_layer(n) is not None and _expert_layer(n) in (*apart, "mtp")}
         held = {name: size for name, size in held.items() if name not in moved}
+        least = max(MIN_SLOTS, config.num_experts_per_tok + 2)
+        while chunk > 128 and available - besides(ctx) - sum(held.values()) < least * size:
+            chunk = max(128, chunk // 256 * 128)
         free = available - besides(ctx) - sum(held.values())
         if limits.cpu is None:
             free -= int((1 - CPU_SHARE) * available)
-        least = max(MIN_SLOTS, config.num_experts_per_tok + 2)
         number = len(moved) // 3
         slots = min(number, max(least, free // size))
         held[_POOL] = slots * size
@@ -184,7 +186,7 @@ def memory_plan(
     )
     object.__setattr__(plan, "rows", tuple(_rows(plan, held, weights)))
     if plan.needed > available:
-        raise MemoryPlanError(_shortage(plan, limits), _next_step(plan))
+        raise MemoryPlanError(_shortage(plan, limits), _next_step(plan, limits))
     return plan
 
 
@@ -331,15 +333,25 @@ def _shortage(plan: MemoryPlan, limits: Limits) -> str:
         parts.append(("the program", plan.program))
     listed = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts if size)
     besides = plan.program if limited else 0
-    needed, available = readable_bytes(plan.needed + besides), readable_bytes(plan.available + besides)
+    needed = readable_bytes(plan.needed + besides)
+    limit = _limit(plan, limits)
+    available = readable_bytes(plan.available + besides if limit is None else limit)
     apart = ", with its routed experts on disk," if plan.slots else ""
     return f"the model{apart} needs {needed} of memory on {plan.device} ({listed}), but {available} are available"
 
 
-def _next_step(plan: MemoryPlan) -> str:
+def _limit(plan: MemoryPlan, limits: Limits) -> int | None:
+    """The limit on the process, where that and not the machine says how much may be used."""
+    binds = plan.device == "cpu" and limits.cpu is not None and limits.cpu - plan.program <= plan.available
+    return limits.cpu if binds else None
+
+
+def _next_step(plan: MemoryPlan, limits: Limits) -> str:
     if plan.max_ctx >= 1024 and plan.max_ctx < plan.ctx:
         advice = f"Use a context of at most {plan.max_ctx // 1024 * 1024:,} tokens (--ctx)"
         return f"{advice}, or the mixed cache format." if plan.kv_dtype != "mixed" else f"{advice}."
+    if _limit(plan, limits) is not None:
+        return f"Give at least {enough_bytes(plan.needed + plan.program)} (--cpu-mem), or use a smaller model."
     return f"Free memory, use a smaller model, or a machine with {readable_bytes(plan.needed)} of free memory."
 
 

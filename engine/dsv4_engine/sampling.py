@@ -153,7 +153,7 @@ def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         weights[weights < sampling.min_p] = 0.0  # the largest weight is exactly 1
     if sampling.top_p < 1:
         enough = sampling.top_p * weights.sum()
-        best = _best(weights, enough)
+        best = _best(logits, weights, enough)
         mass_before = weights[best].cumsum() - weights[best]
         kept = np.zeros_like(weights)
         kept[best] = np.where(mass_before < enough, weights[best], 0.0)
@@ -161,16 +161,19 @@ def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return weights
 
 
-def _best(weights: np.ndarray, enough: float) -> np.ndarray:
-    """The largest weights' places, largest first and equals by place: as many as hold ``enough`` together, or more."""
+def _best(logits: np.ndarray, weights: np.ndarray, enough: float) -> np.ndarray:
+    """The places of the largest logits, largest first and equals by place: as many as weigh ``enough``, or more.
+
+    (Of weights two could be equal by one library's exp and not by another's.)
+    """
     count = 256
-    while count < len(weights):
-        floor = np.partition(weights, -count)[-count]  # the count-th largest
-        some = np.flatnonzero(weights >= floor)  # equals included, so that the first of them are chosen
+    while count < len(logits):
+        floor = np.partition(logits, -count)[-count]  # the count-th largest
+        some = np.flatnonzero(logits >= floor)  # equals included, so that the first of them are chosen
         if weights[some].sum() >= enough:
-            return some[np.argsort(-weights[some], kind="stable")]
+            return some[np.argsort(-logits[some], kind="stable")]
         count *= 16
-    return np.argsort(-weights, kind="stable")
+    return np.argsort(-logits, kind="stable")
 
 
 def _checked(logits_V: Tensor) -> np.ndarray:

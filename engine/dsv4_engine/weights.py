@@ -121,8 +121,7 @@ class Weights:
 
         Reads one part in 17 of an FP4 checkpoint, so it can take a while where that is large: plan memory first.
         seen(bytes) is called for every tensor with its size on disk.  apart: layers whose experts are checked when they
-        are read (offload/disk.py); the MTP block's are too, where there are such layers.  read: those
-        are seen then.
+        are read (offload/disk.py); the MTP block's are too, where there are such layers.  read: those are seen then.
         """
         hint = "Download the checkpoint again: its contents are damaged."
         later = tuple(f"layers.{layer}.ffn.experts." for layer in apart) + (("mtp.0.ffn.experts.",) if apart else ())
@@ -171,9 +170,7 @@ class Weights:
         data, scale = self.places(name)
         return data.nbytes + (0 if scale is None else scale.nbytes)
 
-    def _bad_values(
-        self, seen: Callable[[int], object] | None, later: tuple[str, ...], read: bool
-    ) -> Iterator[str]:
+    def _bad_values(self, seen: Callable[[int], object] | None, later: tuple[str, ...], read: bool) -> Iterator[str]:
         for name in self.specs:
             if seen is not None:
                 seen(self.nbytes(name))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsv4_kernels.backend import Backend
 from dsv4cli.options import parse_bytes
 
 from .conftest import Cli
@@ -88,6 +91,34 @@ def test_limits_that_are_too_small(cli: Cli, flags: list[str], words: str) -> No
     found = plan(cli, *flags)
     assert not found["fits"] and words in found["message"] and found["hint"]
     assert words[:20] in cli("inspect", "v4-flash", "--plan", *flags).out
+
+
+@pytest.mark.parametrize(
+    ("flags", "flag"),
+    [(["--gpu-mem", "8GiB", "--cpu-mem", "200GiB"], "--gpu-mem"),
+     (["--gpu-mem", "13GiB", "--cpu-mem", "200GiB", "--ctx", "1M"], "--gpu-mem"),
+     (["--cpu-mem", "1MiB"], "--cpu-mem"), (["--cpu-mem", "4GiB"], "--cpu-mem"),
+     (["--gpu-mem", "24GiB", "--cpu-mem", "1GiB"], "--cpu-mem")],
+)  # fmt: skip
+def test_the_size_that_is_named_suffices(cli: Cli, flags: list[str], flag: str) -> None:
+    found = plan(cli, *flags)
+    (size,) = re.findall(r"\d[\d.]*[GM]iB", found["hint"])
+    flags[flags.index(flag) + 1] = size
+    assert plan(cli, *flags)["fits"]
+
+
+def test_no_plan_for_gpus_that_the_kernels_do_not_run_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Backend("torch", torch.device("cuda:0"))
+    monkeypatch.setattr("dsv4_engine.engine.choose_backend", lambda device: old)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "RTX 4090")
+    done = cli("inspect", "v4-flash", "--plan", "--device", "cuda")
+    assert done.code == 2 and "compute capability 8.9, below 9.0" in done.err
+
+
+def test_a_limit_for_gpus_is_not_ignored_silently(cli: Cli, model: Path) -> None:
+    done = cli("run", "Hello", "-m", model, "--gpu-mem", "8GiB", "--max-tokens", "2", "--no-cache")
+    assert done.code == 0 and "--gpu-mem changes nothing on the CPU" in done.err
 
 
 def test_a_map_from_a_file(cli: Cli, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from dsv4_engine.sampling import Sampling
+from dsv4cli.answering import How, Outcome, closing_lines
+
 from .conftest import CTX, Cli, environment
 
 TINY_ANSWER = ["--max-tokens", "12", "--seed", "3"]
@@ -158,6 +161,15 @@ def test_ctrl_c_with_json(cli: Cli, model: Path, monkeypatch: pytest.MonkeyPatch
     assert done.json["finish_reason"] == "cancelled"
     assert done.json["usage"]["completion_tokens"] == drawn
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_rates_of_a_prompt_that_was_not_read_to_its_end() -> None:
+    whole = Outcome(prompt_tokens=1000, cached_tokens=100, prefill_s=2.0)
+    stopped = Outcome(prompt_tokens=1000, cached_tokens=100, prefill_s=2.0, read=300)
+    assert (whole.prefill_rate, stopped.prefill_rate) == (450, 100)
+    how = How(Sampling())
+    assert next(closing_lines(whole, how)).startswith("1,000 tokens in (100 kept), 450/s")
+    assert next(closing_lines(stopped, how)).startswith("300 of 1,000 tokens in (100 kept), 100/s")
 
 
 def test_a_reader_that_leaves_is_no_traceback(model: Path) -> None:

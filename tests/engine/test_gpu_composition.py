@@ -6,6 +6,8 @@ Where a GPU is at hand test_gpu_engine.py says the same of the kernels themselve
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -146,6 +148,60 @@ def test_steps_begun_ahead(model: GpuModel, monkeypatch: pytest.MonkeyPatch) -> 
     run.ahead(draw)
     assert torch.equal(other.extend(IDS[6:7]), others)  # writes over the streams that were begun
     assert torch.equal(run.extend([token]), want)
+
+
+class Sequence:
+    """A state's parts; getting at ``interrupted``, a part's number, is interrupted once."""
+
+    def __init__(self, value: float) -> None:
+        self.flats, self.interrupted = [torch.full((4,), value) for _ in range(2)], -1
+        self.parts = [self.Part(self, number) for number in range(2)]
+
+    class Part:
+        def __init__(self, whole: "Sequence", number: int) -> None:
+            self.whole, self.number = whole, number
+
+        @property
+        def flat(self) -> torch.Tensor:
+            if self.whole.interrupted == self.number:
+                self.whole.interrupted = -1
+                raise KeyboardInterrupt
+            return self.whole.flats[self.number]
+
+        @flat.setter
+        def flat(self, flat: torch.Tensor) -> None:
+            self.whole.flats[self.number] = flat
+
+
+@pytest.mark.parametrize("again", [0, 1])
+@pytest.mark.parametrize(("who", "part"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_sequence_that_was_interrupted_moving_in(who: int, part: int, again: int) -> None:
+    """Whoever steps next lies whole where steps work, and nobody else there."""
+    stage = SimpleNamespace(device=torch.device("cpu"), layout=SimpleNamespace(empty=lambda: torch.zeros(4)))
+    stage.config = SimpleNamespace(hc_mult=4, hidden_size=8)
+    steps, both = Steps([stage, stage]), (Sequence(1.0), Sequence(2.0))  # type: ignore[list-item]
+    steps._take(both[0])  # type: ignore[arg-type]
+    both[who].interrupted = part
+    with pytest.raises(KeyboardInterrupt):
+        steps._take(both[1])  # type: ignore[arg-type]
+    for number in (again, 1 - again):
+        steps._take(both[number])  # type: ignore[arg-type]
+        assert all(flat is there for flat, there in zip(both[number].flats, steps._flats, strict=True))
+        for value, each in enumerate(both, start=1):
+            assert all((flat == value).all() for flat in each.flats)
+
+
+def test_a_recording_that_is_interrupted_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the stream, and torch's memory, would wait for its end for good; that it is not whole is no news."""
+    cuda = MagicMock()
+    cuda.CUDAGraph.return_value.capture_end.side_effect = RuntimeError("unjoined work")
+    steps = Steps([SimpleNamespace(device=torch.device("cpu"), beside=None)])  # type: ignore[list-item]
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(steps, "_stage", MagicMock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        steps._record(MagicMock(), 2048)
+    assert cuda.CUDAGraph.return_value.capture_begin.call_count == 1
+    assert cuda.CUDAGraph.return_value.capture_end.call_count == 1
 
 
 @pytest.mark.slow

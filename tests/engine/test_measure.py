@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from dsv4_engine.errors import InputError
 from dsv4_engine.measure import OPERATIONS_OF, Stopwatch, allocated_bytes, fit_cache
 from dsv4_engine.random_weights import one_layer_of_each_kind, random_checkpoint
 from dsv4_engine.roofline import Device
+from dsv4_engine.session import Session
 from dsv4_engine.weights import Weights
 from support.random_checkpoint import make_checkpoint, small_config
 
@@ -47,6 +49,27 @@ def test_the_bundled_model_agrees_too() -> None:
     # Its single tokens take another way through the code, which is timed as well.
     for phase in (found.prefill, found.decode):
         assert {part.part for part in phase.parts if part.seconds > 0} == set(OPERATIONS_OF)
+
+
+def test_one_long_sequence_is_held_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is planned for one, also where the quarters cut no chunk and the cache is measured in a second reading."""
+    engine, begun, held = Engine.load(folder), list[weakref.ref[Session]](), list[list[int]]()
+
+    def session(self: Engine) -> Session:
+        found = Session(self.model, self.model.new_state(), [], self.ctx, self.chunk)
+        begun.append(weakref.ref(found))
+        return found
+
+    def note(one: Session) -> int:
+        held.append([each.position for ref in begun if (each := ref()) is not None and each.position > 512])
+        return allocated_bytes(one)
+
+    monkeypatch.setattr(Engine, "session", session)
+    monkeypatch.setattr(measure, "allocated_bytes", note)
+    for ctx in (2048, 1100):
+        assert (ctx // 4 // 128 * 128 % engine.chunk == 0) == (ctx == 2048)
+        measure.measure(engine, ctx, CEILINGS)
+    assert len(held) == 8 and max(len(each) for each in held) == 1
 
 
 @pytest.mark.parametrize("hc_mult", [4, 3], ids=["one token in NumPy", "one token in torch"])

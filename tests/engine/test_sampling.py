@@ -270,6 +270,16 @@ def test_draws_there_are_the_hosts(device: str) -> None:
         assert drawn_there_and_here(torch.zeros(size), torch.zeros(size, device=device), some) >= 4 * len(some)
 
 
+def test_neighbours_that_top_p_parts_are_the_hosts() -> None:
+    """Logits so near that their weights may be equal by one library's exp and not by another's: the larger stays."""
+    for step in range(1, 200):
+        smaller, larger = step * 2.0**-54, (step + 1) * 2.0**-54
+        logits = torch.tensor([0.3, smaller, larger])
+        for draw in (0.2, 0.9):  # of the two that top_p keeps, the first and the second
+            token = sample_there(logits, Sampling(top_p=0.55), draw)
+            assert token == sample(logits, Sampling(top_p=0.55), draw) == (2 if draw > 0.5 else 0), step
+
+
 def test_what_hangs_on_rounding_is_left_to_the_host() -> None:
     logits = torch.zeros(8)
     for eighth in range(8):  # a boundary between two tokens, or the beginning

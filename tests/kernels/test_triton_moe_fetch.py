@@ -19,7 +19,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TOPK = 6
 
 
-def chosen_by(slots: Slots, layer: int, experts: list[int]) -> None:
+def chosen_by(slots: Slots, layer: int, experts: list[int], counts: list[int] | None = None) -> None:
     """One token on the host."""
     slots._pins[:] = 0
     for expert in experts:
@@ -28,7 +28,7 @@ def chosen_by(slots: Slots, layer: int, experts: list[int]) -> None:
     for expert in experts:
         if slots.slot_of[layer, expert] < 0:
             slots.claim(layer, expert)
-    slots.used(layer, 1, experts, [1] * len(experts))
+    slots.used(layer, 1, experts, counts or [1] * len(experts))
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -54,6 +54,17 @@ def test_the_choices_are_the_hosts(device: str, number: int, skewed: bool) -> No
             chosen_by(slots, layer, chosen.tolist())
             assert np.array_equal(slots.slot_of, held.slot_of.cpu().numpy())
     assert held.usage.tolist() == [hits, turns * layers * TOPK - hits]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_an_expert_that_is_chosen_twice_takes_one_slot(device: str) -> None:
+    """A hash layer's table may say so; it counts as two tokens, and as much room is needed as there are experts."""
+    held, slots = Held.empty(2, 12, 4, torch.device(device)), Slots(2, 12, 4)
+    for layer, experts in ((1, [3, 5, 3, 3]), (1, [7, 7, 5, 9]), (0, [3, 3, 1, 2]), (1, [3, 9, 9, 3])):
+        place(held, layer, torch.tensor([experts], dtype=torch.int32, device=device), HALF_LIFE)
+        chosen_by(slots, layer, sorted(set(experts)), [experts.count(e) for e in sorted(set(experts))])
+        assert np.array_equal(slots.slot_of, held.slot_of.cpu().numpy())
+    assert held.usage.tolist() == [2, 8]  # the 5 and, at last, the 3
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -9,8 +9,8 @@ Letters: S tokens, K experts a token, E experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -71,25 +71,43 @@ class GpuPool:
         step = self.step
         if step is None or self._stepping == (tokens == 1):
             return
-        self._stepping = tokens == 1
-        if not self._stepping:
+        if self._stepping:
             step.give(self.slots)
-            return
-        if self._copies is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        self._pinned, self._early, self._arrived = [], {}, {}
-        step.take(self.slots)
+            self._pinned, self._early, self._arrived = [], {}, {}
+        else:
+            if self._copies is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._copies)
+            step.take(self.slots)
+        self._stepping = tokens == 1  # last: a handing over that was interrupted begins again
 
     def resident(self, layer: int, chosen_SK: Tensor, following: int | None) -> None:
         """See that the chosen experts of a layer are there before what is launched next.
 
         following: the next layer with experts in this pool; a prompt's chunk needs most of them too.
         """
+        with self._whole():
+            if self._stepping:
+                assert self.step is not None
+                self.step.resident(layer, chosen_SK)
+            else:
+                self._bring(layer, chosen_SK, following)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Slots are given and filled, or nothing is in any: an exception, also Ctrl-C, may come between the two."""
+        try:
+            yield
+        except BaseException:
+            rank, held = self.slots.held()
+            self.slots.hold(rank, np.full_like(held, -1))
+            self._pinned, self._early, self._arrived, self._stepping = [], {}, {}, False
+            if self._copies is not None and not torch.cuda.is_current_stream_capturing():
+                self._wait()  # what was launched reads slots that nothing pins any more
+            raise
+
+    def _bring(self, layer: int, chosen_SK: Tensor, following: int | None) -> None:
+        """`resident`, by the host."""
         tokens = chosen_SK.shape[0]
-        if self._stepping:
-            assert self.step is not None
-            self.step.resident(layer, chosen_SK)
-            return
         counts = self._read(chosen_SK)  # everything launched before is done once this is known
         for slot in self._pinned:
             self.slots.unpin(slot)
@@ -107,7 +125,8 @@ class GpuPool:
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """These will be chosen: copy them behind what is wanted now."""
-        self._ahead(layer, experts)
+        with self._whole():
+            self._ahead(layer, experts)
 
     def _read(self, chosen_SK: Tensor) -> dict[int, int]:
         """How many tokens chose each expert; waits for the device."""

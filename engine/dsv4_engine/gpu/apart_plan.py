@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dsv4_kernels.backend import Backend
 
-from ..accounting import readable_bytes
+from ..accounting import enough_bytes, readable_bytes
 from ..config import ModelConfig
 from ..device_map import AUTO, BALANCED, DeviceMap, Limits, chosen_map, spread
 from ..errors import MemoryPlanError
@@ -76,15 +76,38 @@ def apart_plan(
 ) -> MemoryPlan:
     """Plan for one sequence of ``ctx`` tokens; ``wanted``: what lies where, else sizes decide.
 
-    balanced: layers are spread evenly, not one GPU after another.  Raises MemoryPlanError with the number that matters.
+    balanced: layers are spread evenly, not one GPU after another.  Raises MemoryPlanError with the number that matters:
+    what the smallest chunk needs.
     """
+    chunk = CHUNK
+    while chunk > _LEAST_CHUNK and working_set(config, chunk, ctx) > min(machine.rooms) // 8:
+        chunk //= 2
+    while True:
+        try:
+            return _planned(config, specs, form, machine, ctx, wanted, balanced, chunk)
+        except MemoryPlanError:
+            if chunk <= _LEAST_CHUNK:
+                raise
+            chunk //= 2
+
+
+_LEAST_CHUNK = 1024
+
+
+def _planned(
+    config: ModelConfig,
+    specs: Mapping[str, Spec],
+    form: Callable[[str], Form],
+    machine: Machine,
+    ctx: int,
+    wanted: DeviceMap | None,
+    balanced: bool,
+    chunk: int,
+) -> MemoryPlan:
     layers, ratios = config.num_hidden_layers, config.compress_ratios
     whole, before, after = layer_bytes(specs, form, layers)
     layout = ExpertLayout.published(config)
     size, each = layout.nbytes, config.n_routed_experts * layout.nbytes
-    chunk = CHUNK
-    while chunk > 1024 and working_set(config, chunk, ctx) > min(machine.rooms) // 8:
-        chunk //= 2
     activations = working_set(config, chunk, ctx)
     free = {d: r - activations for d, r in zip(machine.devices, machine.rooms, strict=True)}
     states = [state_bytes(config, [ratio], ctx) for ratio in ratios]
@@ -129,7 +152,7 @@ def apart_plan(
         raise MemoryPlanError(
             f"one layer's {config.n_routed_experts} experts need {readable_bytes(each)} of memory on cpu, and "
             f"{readable_bytes(max(0, machine.memory))} are available",
-            f"Give at least {readable_bytes(each + machine.program)} (--cpu-mem).",
+            f"Give at least {enough_bytes(each + machine.program)} (--cpu-mem).",
         )
     if apart:
         rows.append(Row("cpu", "experts held", in_memory * size))
@@ -181,8 +204,9 @@ def _too_small(config: ModelConfig, machine: Machine, besides: int, each: int, d
     place, number = device or ", ".join(machine.devices), config.n_routed_experts
     there = machine.rooms[machine.devices.index(device)] if device else sum(machine.rooms)
     experts = f" and one layer's {number} experts {readable_bytes(each)}" if each else ""
+    one = f" to {enough_bytes(besides + each)}" if device or len(machine.devices) == 1 else ""
     return MemoryPlanError(
         f"the model needs {readable_bytes(besides + each)} on {place} (everything but routed experts "
         f"{readable_bytes(besides)}{experts}), and {readable_bytes(there)} may be used",
-        "Raise --gpu-mem, use a shorter context (--ctx), or more GPUs (--device cuda:0,cuda:1).",
+        f"Raise --gpu-mem{one}, use a shorter context (--ctx), or more GPUs (--device cuda:0,cuda:1).",
     )

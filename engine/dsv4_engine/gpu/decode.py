@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,11 @@ class _Recorder:
     def end(self) -> None:
         self._graph.capture_end()
         self._recorded.pieces.append(self._graph.replay)
+
+    def drop(self) -> None:
+        """End what is not whole."""
+        with suppress(RuntimeError):  # which says so
+            self._graph.capture_end()
 
 
 class Steps:
@@ -151,16 +157,17 @@ class Steps:
             self._flats = [stage.layout.empty() for stage in self._stages]
             shape = (1, self._stages[0].config.hc_mult, self._stages[0].config.hidden_size)
             self._streams = [torch.empty(shape, dtype=torch.bfloat16, device=stage.device) for stage in self._stages]
+        # Part by part, so that a move that is interrupted (no memory, Ctrl-C) can go on, or the other way.
         owner = self._owner() if self._owner is not None else None
-        if owner is state:
-            return
-        if owner is not None:
-            for part in owner.parts:
-                part.flat = part.flat.clone()
-        for part, flat in zip(state.parts, self._flats, strict=True):
-            flat.copy_(part.flat)
-            part.flat = flat
+        if owner is not None and owner is not state:
+            for part, flat in zip(owner.parts, self._flats, strict=True):
+                if part.flat is flat:
+                    part.flat = flat.clone()
         self._owner = weakref.ref(state)
+        for part, flat in zip(state.parts, self._flats, strict=True):
+            if part.flat is not flat:
+                flat.copy_(part.flat)
+                part.flat = flat
 
     def _stage(self, number: int, x_SJD: Tensor | None, state: GpuState, ctx: int, chosen: Chosen | None) -> Tensor:
         stage, part, inputs = self._stages[number], state.parts[number], self._inputs[number]
@@ -193,8 +200,13 @@ class Steps:
                 with torch.cuda.stream(side):
                     recorder = _Recorder(self._pools[number], recorded)
                     chosen = _cutting(recorder, stage.beside, self._chosen) if self._cuts else self._chosen
-                    recorded.out = self._stage(number, self._streams[number] if number else None, state, ctx, chosen)
-                    recorder.end()
+                    x_SJD = self._streams[number] if number else None
+                    try:
+                        recorded.out = self._stage(number, x_SJD, state, ctx, chosen)
+                        recorder.end()
+                    except BaseException:  # also Ctrl-C: nothing else can be recorded before it has ended
+                        recorder.drop()
+                        raise
                 torch.cuda.current_stream().wait_stream(side)
             found.append(recorded)
         return found

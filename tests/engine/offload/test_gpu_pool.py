@@ -5,7 +5,9 @@ python -m pytest -m gpu tests/engine/offload/test_gpu_pool.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.device_map import DeviceMap, Limits
 from dsv4_engine.errors import CheckpointError, MemoryPlanError
+from dsv4_engine.gpu import apart_step
 from dsv4_engine.gpu.apart import EXACT_BINADES, GpuPool, Residency
 from dsv4_engine.gpu.apart_plan import Machine, apart_plan
 from dsv4_engine.offload.disk import ExpertFiles
@@ -93,6 +96,51 @@ def test_a_prompts_next_layer_comes_early(weights: Weights) -> None:
         assert (pool.slots.slot_of[: layer + 2] >= 0).all()
         check(pool, weights, layer, everyone)
     assert (residency.usage.misses, residency.usage.hits) == (EXPERTS, 3 * EXPERTS)
+
+
+class Interrupted(list[Any]):
+    """What Ctrl-C is pressed in, once it is gone through."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise KeyboardInterrupt
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["copies", "copies ahead", "fetches", "handing over"])
+def test_what_an_interrupted_pass_promised_is_not_believed(
+    weights: Weights, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot was given to an expert whose bytes did not come, or the device's table had not come back to the host."""
+    store = store_of(weights, LAYERS * EXPERTS)
+    store.fill()
+    pool = GpuPool(store, CPU, 40)
+    hashed = {1: np.arange(12).reshape(2, 6)} if where == "copies ahead" else {}
+    residency = Residency(dict.fromkeys(range(LAYERS), pool), hashed)
+    generator = torch.Generator().manual_seed(1)
+
+    def run(tokens: int, token: int = 0) -> None:
+        residency.begin(torch.full((tokens,), token))
+        for layer in range(LAYERS):
+            chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(6).indices.int()
+            residency(layer, chosen)
+            check(pool, weights, layer, chosen)
+
+    for tokens in (3, 1, 1):
+        run(tokens)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where.startswith("copies"):
+            patch.setattr(pool, "_parts", Interrupted(pool._parts))
+        elif where == "fetches":
+            patch.setattr(apart_step, "fetch", interrupted)
+        else:
+            patch.setattr(pool.step, "give", interrupted)
+        run(1 if where == "fetches" else 3, 1)
+    for tokens in (1, 12, 1) if where == "fetches" else (12, 1, 12):
+        run(tokens)
+    assert pool.slots.pinned <= EXPERTS
 
 
 def test_wide_rows_are_refused_when_read(tmp_path: Path) -> None:
