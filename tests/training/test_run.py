@@ -49,6 +49,19 @@ def test_a_recipe_for_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.device_for(recipe.load(SMOKE)).type == "cpu"
 
 
+def test_the_folder_is_looked_at_first(tmp_path: Path) -> None:
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    (kept / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds something else"):
+        run.begin(kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(InputError, match="cannot make the folder"):
+        run.begin(kept / "letter.txt" / "model")
+    assert run.begin(tmp_path / "new").name == "new-run"
+    assert run.begin(tmp_path / "new").is_dir()  # going on
+
+
 def test_half_a_checkpoint_is_never_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config()
     export.save_checkpoint(tmp_path, config, lively_parameters(config), "{}")

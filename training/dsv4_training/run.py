@@ -85,6 +85,21 @@ def device_for(recipe: Recipe | PostRecipe) -> torch.device:
     return torch.device("cpu")
 
 
+def begin(out: Path) -> Path:
+    """The run's folder, made where it is missing.
+
+    Raises InputError where it cannot be made, or where ``out`` holds files that are no checkpoint of such a run.
+    """
+    folder = folder_of(out)
+    if not folder.is_dir() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and holds something else", "Name a new or empty folder with --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}", "Name another one with --out.") from None
+    return folder
+
+
 def train(
     recipe: Recipe,
     recipe_file: Path,
@@ -106,8 +121,7 @@ def train(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64  # one compiled form a stage and kind of layer
-    folder = folder_of(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = begin(out)
     source = ranks.leader_first(world, lambda: prepare(recipe, folder))
     parameters = initial_parameters(recipe.model.config(), recipe.seed, vocabulary.number_tokens(source.definition))
     path = state_of(folder)
