@@ -95,10 +95,8 @@ class Rows:
         return self._count
 
     def __copy__(self) -> Rows:
-        other = Rows.__new__(Rows)  # `copy` goes a longer way, which a decoded token of a small model feels
-        other.fmt, other.device, other._segment_rows = self.fmt, self.device, self._segment_rows
-        other._full, other._tail, other._tail_rows = self._full, self._tail, self._tail_rows
-        other._count, other._ahead = self._count, self._ahead
+        other = object.__new__(type(self))  # `copy` goes a longer way, which a decoded token of a small model feels
+        other.__dict__.update(self.__dict__)
         return other
 
     @property
