@@ -42,7 +42,7 @@ class Matrix:
         self.rounds = weights[0].round_activations
 
     def __call__(self, x_I: Floats, out_O: Floats | None = None) -> Floats:
-        return np1.product(self.data_OI, np1.round_fp8(x_I, ACTIVATION_BLOCK) if self.rounds else x_I, out_O)
+        return np1.product(self.data_OI, self.input(x_I), out_O)
 
     def input(self, x: Floats) -> Floats:
         return np1.round_fp8(x, ACTIVATION_BLOCK) if self.rounds else x

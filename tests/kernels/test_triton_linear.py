@@ -212,7 +212,7 @@ def portable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[slice], Ten
     def without(product: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
         def run(rows: slice) -> Tensor:
             with monkeypatch.context() as patch:
-                patch.setattr(kernel, "_hopper", lambda device: False)
+                patch.setattr(kernel, "is_hopper", lambda device: False)
                 return product(rows)
 
         return run

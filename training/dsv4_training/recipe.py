@@ -297,7 +297,8 @@ def check(recipe: Recipe) -> None:
     )
     need(len(recipe.optimiser.betas) == 2, "optimiser.betas needs two values", "As in [0.9, 0.95].")
     need(recipe.data.code in CODE_SOURCES, f"data.code is {recipe.data.code!r}", f"One of {', '.join(CODE_SOURCES)}.")
-    for at, data in (("[data]", recipe.data), *((f"stage {s.name!r}", s.data or recipe.data) for s in recipe.stages)):
+    own = ((f"stage {stage.name!r}", stage.data) for stage in recipe.stages if stage.data is not None)
+    for at, data in (("[data]", recipe.data), *own):
         shares = [getattr(data, f.name) for f in dataclasses.fields(Data) if f.name != "code"]
         need(
             all(s >= 0 for s in shares) and abs(sum(shares) - 1) < 1e-6,

@@ -73,20 +73,25 @@ class Run:
         pools = Pools.build(self.tokenizer, text, tree, recipe.seed)
         self.source = Source(text, tree, pools, self.definition)
 
+    def _named(self, only: str | None) -> list[Specialist]:
+        """All, or the one of that name; raises InputError where there is none."""
+        named = [s for s in self.recipe.specialists if only in (None, s.name)]
+        if not named:
+            names = ", ".join(s.name for s in self.recipe.specialists)
+            raise InputError(f"there is no specialist {only}", f"There are {names}, and {STUDENT} for training.")
+        return named
+
     def train(self, only: str | None = None) -> None:
         """All that is not there yet, or of it ``only`` one specialist or the student.
 
         Specialists know nothing of each other: each may have a process and a GPU of its own.  Raises InputError for a
         name that there is not, and for a student whose teachers are not there.
         """
-        names = [specialist.name for specialist in self.recipe.specialists]
-        if only is not None and only not in (*names, STUDENT):
-            raise InputError(f"there is no specialist {only}", f"There are {', '.join(names)}, and {STUDENT}.")
-        for specialist in self.recipe.specialists:
-            if only in (None, specialist.name) and not self._there(specialist.name):
+        for specialist in [] if only == STUDENT else self._named(only):
+            if not self._there(specialist.name):
                 self._specialise(specialist)
         if only in (None, STUDENT) and not self._there(STUDENT):
-            if missing := [name for name in names if not self._there(name)]:
+            if missing := [s.name for s in self.recipe.specialists if not self._there(s.name)]:
                 raise InputError(f"there is no {self.out / missing[0]} yet", "Make the specialists first.")
             self._merge()
 
@@ -161,9 +166,7 @@ class Run:
 
         Also written to OUT/comparison.json, or comparison-NAME.json.
         """
-        chosen = [s for s in self.recipe.specialists if only in (None, s.name)]
-        if not chosen:
-            raise InputError(f"there is no specialist {only}", "Names: see the recipe.")
+        chosen = self._named(only)
         for name in (*(s.name for s in chosen), STUDENT):
             if not self._there(name):
                 raise InputError(f"there is no {self.out / name} yet", "Run post-train first.")

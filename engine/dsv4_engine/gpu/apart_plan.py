@@ -21,6 +21,8 @@ from ..placement import CPU_SHARE, MemoryPlan, Row, program_bytes, room
 from ..weights import Form, Spec
 from .plan import CHUNK, GpuPlan, gpu_memory_plan, layer_bytes, state_bytes, working_set
 
+_LEAST_CHUNK = 1024
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -89,9 +91,6 @@ def apart_plan(
             if chunk <= _LEAST_CHUNK:
                 raise
             chunk //= 2
-
-
-_LEAST_CHUNK = 1024
 
 
 def _planned(

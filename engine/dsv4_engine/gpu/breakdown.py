@@ -18,16 +18,15 @@ from .model import GpuModel
 
 OUTSIDE = "outside layers"
 _STARTS = "_phases"  # the first kernel of a pass on each device
-# The first kernel of every sub-layer, of the write behind a stage and of the head.
-_BEGINS = ("_write_and_project", "project_few", "connect_many")
+_BEGINS = "_write_and_project"  # the first kernel of every sub-layer, of the write behind a stage and of the head
 _KIND = {0: "window", 4: "csa", 128: "hca"}
 # In attention; all of the experts' sub-layer but its hyper-connection is "experts".  The products of one layer have one
 # kernel, so those of the compressors count as projections.
 _PARTS = {
-    **dict.fromkeys(_BEGINS, "mHC"), "_read": "mHC", "read_few": "mHC", "_split_low_rank": "projections",
+    _BEGINS: "mHC", "_read": "mHC", "_split_low_rank": "projections",
     "_finish_queries": "projections", "linear_": "projections", "widened_": "projections", "_linear": "projections",
     "_expand": "projections", "_round_activations": "projections", "_compress": "compressors", "_pool": "compressors",
-    "_finish": "compressors", "_keep": "compressors", "_unpack_keys": "indexer", "_scores": "indexer",
+    "_finish": "compressors", "_unpack_keys": "indexer", "_scores": "indexer",
     "select_best": "indexer", "count_better": "indexer", "write_best": "indexer", "attention_hopper": "core attention",
     "score_keys": "core attention", "sum_values": "core attention", "_attention": "core attention",
     "_add_chains": "core attention", "_move": "core attention",
@@ -99,11 +98,11 @@ def _placed(kernels: Sequence[Kernel], ratios: Sequence[int]) -> Iterator[tuple[
             if begun not in (0, len(sub_layers) + 1, len(sub_layers) + 2):
                 raise ValueError(f"a pass of {len(sub_layers)} sub-layers ran {begun} hyper-connections")
             begun = 0
-        begun += kernel.name in _BEGINS
+        begun += kernel.name == _BEGINS
         if 0 < begun <= len(sub_layers):
             kind, part = sub_layers[begun - 1]
             key = (named if named == "mHC" or part == "attention" else "experts", kind)
-        elif begun == len(sub_layers) + 1 and kernel.name in _BEGINS:
+        elif begun == len(sub_layers) + 1 and kernel.name == _BEGINS:
             key = ("mHC", OUTSIDE)
         else:
             key = ("head" if begun == len(sub_layers) + 2 else "other", OUTSIDE)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpu import is_hopper, processors_of
 from .rows import ROPE, SEGMENT_ROWS, EntryRows, WindowRows, row_bytes, value_bytes
 
 KEY_TILE = 64  # of the portable kernel; the Hopper kernel has its own
@@ -223,10 +224,9 @@ class Plan:
 
 def plan(device: torch.device, queries: int, heads: int, channels: int, window: int, most: int) -> Plan:
     """The kernel and the division for ``queries`` that see at most ``most`` entries each."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    if not hopper or channels != 512 or heads % 64 or window != 128:
+    if not is_hopper(device) or channels != 512 or heads % 64 or window != 128:
         return Plan("portable")
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = processors_of(device)
     items = queries * heads // 64
     # 32 programs for 64 heads and a chain: measured, they are faster up to two waves (8 queries with 512 entries each:
     # 18 instead of 25 us; 16: 33 instead of 25).
@@ -331,7 +331,7 @@ def sparse_attention(
         return out
     if out.dtype != torch.bfloat16:
         raise ValueError(f"attention on this GPU writes bfloat16, not {out.dtype}; use dtype='bfloat16'")
-    processors = torch.cuda.get_device_properties(q_SHC.device).multi_processor_count
+    processors = processors_of(q_SHC.device)
     if how.kernel == "few":
         from .attention_few import sum_few
 

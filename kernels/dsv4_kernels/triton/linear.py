@@ -12,7 +12,6 @@ Letters: S tokens, O outputs, I inputs, G groups, P parts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpu import is_hopper
 from .rounded import INTERPRETED, ROUND_BLOCK, Rounded, round_activations
 
 BLOCK = ROUND_BLOCK  # inputs, and rows of an FP8 weight, that share a scale
@@ -69,7 +69,7 @@ def fp8_linear(
     x: Rounded [S, I], or bfloat16 or float32 [S, I], which is rounded first.  Raises ValueError for other shapes,
     dtypes and strides.
     """
-    if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and 0 < x.shape[0] <= ROUNDED_BY_ALL and _hopper(x.device):
+    if isinstance(x, Tensor) and x.dtype == torch.bfloat16 and 0 < x.shape[0] <= ROUNDED_BY_ALL and is_hopper(x.device):
         from .linear_one import multiply_one
 
         _contiguous(("activations", x))
@@ -126,7 +126,7 @@ def grouped_linear(
     x = x_SGI.view(tokens, groups * width)
     if rounded:
         result = out if isinstance(out, Rounded) else Rounded.empty(tokens, outputs, x.device)
-        if _hopper(x.device) and tokens > FEW and outputs // groups % 256 == 0:
+        if is_hopper(x.device) and tokens > FEW and outputs // groups % 256 == 0:
             from .linear_many import multiply_many
 
             multiply_many(x, expanded(w), result.data, groups=groups, rounded=result.scale)
@@ -135,7 +135,7 @@ def grouped_linear(
     if isinstance(out, Rounded):
         raise ValueError("a grouped linear writes Rounded only with rounded=True")
     out = _checked(x.view(tokens * groups, width), w.data, outputs, out, torch.bfloat16, tokens)
-    if _hopper(x.device) and tokens > FEW:
+    if is_hopper(x.device) and tokens > FEW:
         return _product(x, expanded(w), out, groups=groups)
     return _product(x, w.data, out, w_scale=w.scale, groups=groups)
 
@@ -190,11 +190,6 @@ def _checked(
 # ---- dispatch --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def _product(
     x: Tensor,
     w: Tensor,
@@ -208,7 +203,7 @@ def _product(
     tokens, outputs = out.shape
     if not tokens or not outputs:
         return out
-    if _hopper(x.device):
+    if is_hopper(x.device):
         widen, blocks = w_scale is not None and x_scale is None, w.shape[1] // BLOCK
         if tokens <= ONE and blocks >= LONG:
             from .linear_one import multiply_one

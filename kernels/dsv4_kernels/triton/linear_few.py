@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .linear_many import barriers, power, processors_of
+from .gpu import processors_of
+from .linear_many import barriers, power
 from .rounded import ROUND_BLOCK
 
 SHARED_BYTES = 110 << 10  # of a program, so that two share a multiprocessor

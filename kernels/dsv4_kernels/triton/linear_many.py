@@ -8,8 +8,6 @@ Letters: S tokens, O outputs, K inputs; tiles are 128 bytes wide, which is 128 i
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -25,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..rounding import FP8_AMAX_FLOOR
+from .gpu import processors_of
 
 BAND = 8  # output tiles that are worked on side by side
 SHARED_BYTES = 226 << 10  # of a multiprocessor, less what barriers take
@@ -265,11 +264,6 @@ def linear_many(
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def processors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .linear_many import power, processors_of, round_by, to_codes
+from .gpu import processors_of
+from .linear_many import power, round_by, to_codes
 from .rounded import ROUND_BLOCK
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7

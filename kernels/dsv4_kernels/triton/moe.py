@@ -19,8 +19,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import moe_few, moe_gemm, moe_many
+from .gpu import is_hopper, processors_of
 from .index import _code_values
-from .linear_many import processors_of
 from .moe_pool import ExpertPool, check_pool
 from .moe_route import Groups, group, route
 from .rounded import ROUND_BLOCK, Rounded, round_activations, round_block
@@ -68,7 +68,7 @@ def way_for(chosen_SK: Tensor, pool: ExpertPool) -> Way:
     """The way for these choices; shapes alone decide, so it holds for every replay of a graph."""
     pairs, device = chosen_SK.numel(), chosen_SK.device
     each = pairs / pool.experts
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return Way("portable", group(chosen_SK, pool.experts, 16 if each <= 8 else 64))
     if each <= FEW_PER_EXPERT:
         return Way("few", None if chosen_SK.shape[0] == 1 else group(chosen_SK, pool.experts, 8))
