@@ -1,5 +1,7 @@
 """The hyper-connections' kernels against float64; in Triton's interpreter where there is no GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,13 +56,6 @@ def test_sums_do_not_depend_on_who_adds_them(monkeypatch: pytest.MonkeyPatch) ->
     together = run(case)
     assert same(alone, together, slice(None))
     assert same(run(case.part(slice(2, 3))), together, slice(2, 3))
-
-
-def test_the_program_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = streams_case(130, 128, 0, DEVICE)
-    few = run(case)
-    monkeypatch.setattr(kernel, "MANY", 0)
-    assert same(check(case), few, slice(None))
 
 
 def test_first_read_of_an_expanded_embedding() -> None:
@@ -137,6 +132,21 @@ def test_bits_do_not_depend_on_the_chunk(hidden: int) -> None:
     for part in (slice(0, 1), slice(299, 300), slice(3, 90)):
         one = head.part(part)
         assert torch.equal(head_read(one.x, one.before, one.weights, hc_eps=EPS, norm_eps=EPS)[1], h[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [4096, 7168])
+@pytest.mark.parametrize("routed", [0, 2, 6, 7, None])
+def test_the_kernel_for_many_tokens(routed: int | None, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in place, from an embedding expanded over the streams, and with more results than it takes."""
+    case = streams_case(1100, hidden, routed, "cuda")
+    many = check(case)
+    embedding = replace(case, x=case.x[:, :1].expand(-1, 4, -1))
+    expanded = run(embedding)
+    written = run(replace(case, x=(x := case.x.clone())), x)
+    monkeypatch.setattr(kernel, "MANY", 1 << 30)
+    assert same(run(case), many, slice(None)) and same(run(embedding), expanded, slice(None))
+    assert same(written, many, slice(None)) and written.streams is x
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from ..hyper_connection import spread_scales
+from .gpu import is_hopper
 from .packing import PDL, check_inputs
 from .rounded import Rounded
 from .streams import _read, _write_and_project
@@ -28,8 +29,7 @@ RANGE = 32  # channels of each stream that are summed from zero
 SUBS = 16  # ranges in a sum of their own, which in prefill one program adds up; sums take turns with the ranges
 TOKENS = 64  # a program of the first kernel: the rows of one tensor core instruction
 WARPS, STAGES, MAXNREG = 8, 1, 128  # of the first kernel: two programs a multiprocessor, which beat longer pipelines
-MANY = 1024  # tokens from which on one longer pipeline a multiprocessor wins, if one result is added and none routed
-MANY_TOKENS, MANY_WARPS, MANY_STAGES = 128, 16, 3  # its program
+MANY = 1024  # tokens from which on streams_hopper.py has the first kernel, where it can
 READ_WARPS = 8  # of the second
 MIXING = 64  # tokens whose matrices one program normalises
 COLUMNS = 32  # of partial sums: the coefficients, in column 24 the sum of squares, padding
@@ -127,14 +127,17 @@ def _first(x_SJD: Tensor, before: Write | None, out: Tensor, weights: Connection
     if weights is not None and weights.norm.shape[0] != hidden:
         raise ValueError(f"streams are {hidden} wide, the hyper-connection's weights {weights.norm.shape[0]}")
     routed = before.routed if before is not None else None
-    tile, warps, stages = TOKENS, WARPS, STAGES
-    if weights is not None and before is not None and routed is None and tokens >= MANY:
-        tile, warps, stages = MANY_TOKENS, MANY_WARPS, MANY_STAGES
-    ranges, tiles = hidden // RANGE, triton.cdiv(tokens, tile)
+    ranges, tiles = hidden // RANGE, triton.cdiv(tokens, TOKENS)
     parts = triton.cdiv(ranges, SUBS)
     if tiles * parts <= FEW:
         parts = ranges
     partial = torch.empty(parts, tokens if weights is not None else 0, COLUMNS, device=x_SJD.device)
+    if weights is not None and tokens >= MANY and is_hopper(x_SJD.device):
+        from .streams_hopper import takes, write_and_project_many
+
+        if takes(x_SJD, before, weights.base.shape[0]):
+            write_and_project_many(x_SJD, before, out, weights.parts, partial)
+            return partial
     if tokens:
         _write_and_project[(parts, tiles)](
             x_SJD,
@@ -153,11 +156,11 @@ def _first(x_SJD: Tensor, before: Write | None, out: Tensor, weights: Connection
             COEFFICIENTS=weights.base.shape[0] if weights is not None else 0,
             WRITE=before is not None,
             ROUTED=routed.shape[1] if routed is not None else 0,
-            T=tile,
+            T=TOKENS,
             R=RANGE,
             N=16 if weights is not None and weights.base.shape[0] <= 16 else 32,
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=WARPS,
+            num_stages=STAGES,
             maxnreg=MAXNREG,
             launch_pdl=PDL,
         )

@@ -2,7 +2,7 @@
 
 `choose_entries` is what the engine calls.  Queries are taken in slabs whose scores fit SCRATCH_BYTES; a slab's scores
 are written once, with the largest of every GROUP of them; selection reads those, and then only groups that can hold a
-winner.  Reference: dsv4_kernels.index.
+winner.  One query alone goes through select_one.py or index_far.py.  Reference: dsv4_kernels.index.
 
 e2m1 keys with a scale per 32 channels become e4m3 with one scale a key, which is exact while a key's scales lie within
 2^14 of each other; values further down are rounded to 2^-15 of the key's largest.  Products are summed as the tensor
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ..linear import E2M1_VALUES
 from ..rounding import E4M3_LARGEST, power_of_two_scale
+from . import index_far
+from .gpu import is_hopper
 from .packing import PDL, begin
 from .rows import SEGMENT_ROWS
 from .select import GROUP, select_best
@@ -252,6 +254,16 @@ def choose_entries(
     out = torch.empty(queries, topk, dtype=torch.int32, device=device)
     if not queries:
         return out
+    if queries == 1 and channels == 128 and most > topk:
+        one = (q_SHC[0], weights_SH[0], position_S, segments, _code_values(device), ratio, most)
+        if max(MOST, topk) < most <= index_far.MOST_KEYS:
+            index_far.choose_far(*one, out[0])
+            return out
+        if most <= MOST and is_hopper(device):
+            score = torch.empty(triton.cdiv(most, 64) * 64, dtype=torch.float32, device=device)
+            index_far.score_near(*one, score)
+            select_one(score, position_S, out[0], ratio, most)
+            return out
     own = segments.shape[0] > 1 or queries == 1  # keys of one query are unpacked on the fly
     stride = -(-max(most, 1) // 64) * 64
     slab = max(1, min(queries, scratch_bytes // (8 * stride + 8 * stride // GROUP)))

@@ -118,6 +118,14 @@ def to_codes(x, inverse):
 
 
 @gluon.jit
+def _hand_over(out_desc, out_s, result, s, o):
+    tma.store_wait(0)
+    out_s.store(result)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [s, o], out_s)
+
+
+@gluon.jit
 def _save(out_desc, out_s, scale_ptr, acc, s, o, tokens, outputs, ROUND: gl.constexpr):
     """A tile of sums [64, HALF] to memory; ROUND: as e4m3 (`rounded.round_block` of its bf16 values) with scales."""
     if ROUND:
@@ -128,10 +136,13 @@ def _save(out_desc, out_s, scale_ptr, acc, s, o, tokens, outputs, ROUND: gl.cons
         gl.store(scale_ptr + row.to(gl.int64) * (outputs // 128) + o // 128, scale, mask=(row < tokens) & (o < outputs))
     else:
         result = acc.to(out_desc.dtype)
-    tma.store_wait(0)
-    out_s.store(result)
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [s, o], out_s)
+    if acc.shape[1] > out_desc.block_type.shape[1]:  # float32, in two halves: room for another stage
+        halves = gl.permute(gl.reshape(result, [64, 2, acc.shape[1] // 2]), (0, 2, 1))
+        first, second = gl.split(halves)
+        _hand_over(out_desc, out_s, first, s, o)
+        _hand_over(out_desc, out_s, second, s, o + acc.shape[1] // 2)
+    else:
+        _hand_over(out_desc, out_s, result, s, o)
 
 
 @gluon.jit
@@ -243,7 +254,7 @@ def linear_many(
     O_TILE: gl.constexpr = w_desc.block_type.shape[0]
     x_s = gl.allocate_shared_memory(x_desc.dtype, [STAGES, S_TILE, WIDTH], x_desc.layout)
     w_s = gl.allocate_shared_memory(w_desc.dtype, [STAGES, O_TILE, WIDTH], w_desc.layout)
-    out_s = gl.allocate_shared_memory(out_desc.dtype, [2, 64, O_TILE // 2], out_desc.layout)
+    out_s = gl.allocate_shared_memory(out_desc.dtype, [2, 64, out_desc.block_type.shape[1]], out_desc.layout)
     full, empty = barriers(STAGES, 2)
     # fmt: off
     gl.warp_specialize(
@@ -296,12 +307,13 @@ def multiply_many(
     ):
         o_tile //= 2
     o_tiles = triton.cdiv(outputs, o_tile)
-    result = 64 * o_tile * out.element_size()
+    columns = min(o_tile // 2, 128 if out.element_size() < 4 else 64)  # of a result that go out at a time
+    result = 2 * 64 * columns * out.element_size()
     none = w.view(torch.uint8)
     linear_many[(min(s_tiles * o_tiles, processors),)](
         _tiles(x, 128, width),
         _tiles(w, o_tile, width),
-        _tiles(out, 64, o_tile // 2),
+        _tiles(out, 64, columns),
         none if rounded is None else rounded,
         none if x_scale is None else x_scale,
         none if w_scale is None else w_scale,

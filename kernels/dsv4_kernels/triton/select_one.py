@@ -19,7 +19,9 @@ ENTRIES, OTHERS, BLOCK = 16, 256, 512
 
 
 @triton.jit
-def count_better(score_ptr, count_ptr, position_ptr, ratio, topk, ENTRIES: tl.constexpr, OTHERS: tl.constexpr):
+def count_better(
+    score_ptr, count_ptr, position_ptr, ratio, topk, ENTRIES: tl.constexpr, OTHERS: tl.constexpr, STEPS: tl.constexpr
+):
     """How many of the visible scores beat each; ENTRIES of them a program."""
     begin()
     visible = ((tl.load(position_ptr) + 1) // ratio).to(tl.int32)
@@ -27,8 +29,8 @@ def count_better(score_ptr, count_ptr, position_ptr, ratio, topk, ENTRIES: tl.co
     if (visible > topk) & (tl.program_id(0) * ENTRIES < visible):
         mine = _rank(tl.load(score_ptr + entry, mask=entry < visible, other=0.0))
         better = tl.zeros([ENTRIES, OTHERS], tl.int32)
-        for start in range(0, visible, OTHERS):
-            other = start + tl.arange(0, OTHERS)
+        for step in tl.static_range(STEPS):  # loads of all before the first is waited for
+            other = step * OTHERS + tl.arange(0, OTHERS)
             shown = (other < visible)[None, :]
             theirs = _rank(tl.load(score_ptr + other, mask=other < visible, other=0.0))
             first = (theirs[None, :] == mine[:, None]) & (other[None, :] < entry[:, None])
@@ -61,7 +63,16 @@ def select_one(score: Tensor, position_1: Tensor, out: Tensor, ratio: int, most:
     count = torch.empty(most, dtype=torch.int32, device=out.device)
     if most > topk:
         count_better[(triton.cdiv(most, ENTRIES),)](
-            score, count, position_1, ratio, topk, ENTRIES=ENTRIES, OTHERS=OTHERS, num_warps=4, launch_pdl=PDL
+            score,
+            count,
+            position_1,
+            ratio,
+            topk,
+            ENTRIES=ENTRIES,
+            OTHERS=OTHERS,
+            STEPS=triton.cdiv(most, OTHERS),
+            num_warps=4,
+            launch_pdl=PDL,
         )
     write_best[(triton.cdiv(max(most, topk), BLOCK),)](
         count, position_1, out, ratio, topk, BLOCK=BLOCK, num_warps=4, launch_pdl=PDL
