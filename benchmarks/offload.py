@@ -6,7 +6,8 @@ V4-Flash at full width with random weights, as many of its 43 layers as memory h
 share of all experts that the plan for all 43 layers gives it (`dsv4 inspect v4-flash --plan --gpu-mem ...`).  A step
 may at best take the longer of computing (all experts on the GPU, one graph) and its missed experts' bytes over the
 link, which is measured.  Routing is set from outside, by the router's biases: uniformly random, or drawn with weights
-of 1 / rank.  Logits are compared with those of all experts on the GPU first.  Accelerate's plain offload runs on the
+of 1 / rank.  The layer before names 60% of a layer's experts, or 90%, or is not asked (`unasked`); what else it names
+comes near.  Logits are compared with those of all experts on the GPU first.  Accelerate's plain offload runs on the
 same weights: `cpu_offload` on a layer's experts.
 """
 
@@ -18,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,17 +30,27 @@ from dsv4_engine.config import ModelConfig
 from dsv4_engine.device_map import DeviceMap
 from dsv4_engine.gpu.apart import GpuPool, Residency, with_pools
 from dsv4_engine.gpu.apart_plan import Machine, apart_plan
+from dsv4_engine.gpu.decode import Steps
+from dsv4_engine.gpu.layer import GpuExperts
 from dsv4_engine.gpu.model import GpuModel
 from dsv4_engine.gpu.weights import RandomSource
 from dsv4_engine.offload.layout import ExpertLayout, ExpertPool
+from dsv4_engine.offload.policy import Slots
 from dsv4_engine.offload.store import ExpertStore
 from dsv4_engine.random_weights import first_layers
 from dsv4_engine.weights import Published
 
 GIB = 1 << 30
 CTX = 131_072
+GUESSED = 0.6  # of a layer's experts, which the layer before names: 0.54 to 0.69 of the bundled model's
 HELD = 4096  # tokens before the steps
-WARM_STEPS = 48  # before steps are counted: the pool settles on what is used
+# Name, whether some experts are chosen more often, and the share that the layer before names (None: it is not asked).
+ROUTINGS = (
+    ("uniform", False, GUESSED), ("uniform, not asked", False, None),
+    ("skewed", True, GUESSED), ("skewed, not asked", True, None), ("skewed, 90% named", True, 0.9),
+)  # fmt: skip
+SETTLED = 256  # tokens that the pool has seen before steps are counted: two half-lives
+WARM_STEPS = 8
 DEVICE = torch.device("cuda", 0)
 
 
@@ -95,26 +107,60 @@ def pool_of(residency: Residency) -> GpuPool:
     return next(iter(residency.pools.values()))
 
 
-class Routing:
-    """Sets which experts a step chooses: the six largest of a layer's biases, which are far larger than scores."""
+class Guess:
+    """Stands for the next layer where its router is asked beforehand: asks it, and gives what was set."""
 
-    def __init__(self, config: ModelConfig, model: GpuModel, skewed: bool) -> None:
+    def __init__(self, experts: GpuExperts, config: ModelConfig) -> None:
+        self._experts = experts
+        self.likely = torch.zeros(1, config.num_experts_per_tok, dtype=torch.int32, device=DEVICE)
+
+    def routed(self, u_SD: Tensor, token_ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        return self.likely, self._experts.routed(u_SD, token_ids_S)[1]
+
+
+class Routing:
+    """Sets which experts a step chooses: the six largest of a layer's biases, which are far larger than scores.
+
+    guessed: the share of them that the layer before names; None: nobody asks it.
+    """
+
+    def __init__(self, config: ModelConfig, model: GpuModel, skewed: bool, guessed: float | None = None) -> None:
         self._biases = [b.ffn.bias for b in model.blocks if b.ffn.bias is not None]
-        self._generator = torch.Generator().manual_seed(2)
+        self._guessed, self.topk, self._guesses = guessed, config.num_experts_per_tok, list[Guess]()
+        for block, after in pairwise(model.blocks):
+            block.ffn.following = None if guessed is None else after.ffn
+            if guessed is not None and after.ffn.bias is not None:
+                self._guesses.append(Guess(after.ffn, config))
+                block.ffn.following = self._guesses[-1]  # type: ignore[assignment]
+        model._steps = Steps(model.stages, model.chosen, recorded=True)  # records anew
+        # One for what is chosen, so that it does not depend on what is named.
+        self._generator, self._guesser = torch.Generator().manual_seed(2), torch.Generator().manual_seed(5)
         self._vocabulary, self._experts = config.vocab_size, config.n_routed_experts
         weights = 1 / torch.arange(1, self._experts + 1) if skewed else torch.ones(self._experts)
         # Which experts are frequent differs from layer to layer.
         self._log = torch.stack([weights.log()[torch.randperm(self._experts, generator=self._generator)]
                                  for _ in self._biases])  # fmt: skip
 
-    def next(self) -> Tensor:
-        """Draw a token and the experts of its layers; the hash layers' follow from the token, uniformly."""
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """A token, and what its experts are the largest of, by layer; the hash layers' follow from the token."""
         noise = torch.rand(self._log.shape, generator=self._generator).log().neg().log().neg()
-        drawn = ((self._log + noise) * 1000).to(DEVICE)  # Gumbel: without replacement, by weight
+        token = torch.randint(self._vocabulary, (1,), generator=self._generator)
+        return token, (self._log + noise) * 1000  # Gumbel: without replacement, by weight
+
+    def next(self) -> Tensor:
+        """Draw a token and set the experts of its layers."""
+        token, drawn = self.draw()
+        drawn = drawn.to(DEVICE)
         for bias, values in zip(self._biases, drawn, strict=True):
             bias.copy_(values)
+        for guess, values in zip(self._guesses, drawn[len(drawn) - len(self._guesses) :], strict=True):
+            assert self._guessed is not None
+            experts = values.topk(2 * self.topk).indices
+            right = torch.rand(self.topk, generator=self._guesser) < self._guessed  # else one that comes near
+            named = torch.where(right.to(DEVICE), experts[: self.topk], experts[self.topk :])
+            guess.likely.copy_(named[torch.randperm(self.topk, generator=self._guesser).to(DEVICE)][None])
         torch.cuda.synchronize()
-        return torch.randint(self._vocabulary, (1,), generator=self._generator)
+        return token
 
 
 def steps(model: GpuModel, routing: Routing, state: Any, count: int) -> list[float]:
@@ -145,10 +191,23 @@ def link_rate(store: ExpertStore, pool: GpuPool) -> float:
     return best
 
 
-def emptied(pool: GpuPool) -> None:
-    """Nothing is in its slots."""
+def settled(residency: Residency, routing: Routing) -> None:
+    """The pool's table as after SETTLED tokens; what is in the slots does not matter where routing is set."""
+    pool, hashed = pool_of(residency), residency.hashed
     pool.begin(tokens=2)
-    pool.slots.hold(np.full((pool.slots.layers, pool.slots.experts), -np.inf), np.full(pool.slots.slots, -1))
+    slots = Slots(pool.slots.layers, pool.slots.experts, pool.slots.slots)
+    for _ in range(SETTLED):
+        token, drawn = routing.draw()
+        chosen = np.concatenate([np.stack([hashed[layer][int(token)] for layer in sorted(hashed)]),
+                                 drawn.topk(routing.topk).indices.numpy()])  # fmt: skip
+        for layer, experts in enumerate(np.unique(each).tolist() for each in chosen):
+            there = [int(slot) for slot in slots.slot_of[layer, experts] if slot >= 0]
+            slots.pin_only(there)
+            for expert in experts:
+                if slots.slot_of[layer, expert] < 0:
+                    slots.claim(layer, expert)
+            slots.used(layer, 1, experts, [1] * len(experts))
+    pool.slots.hold(*slots.held())
     pool._pinned, pool._early, pool._arrived = [], {}, {}
 
 
@@ -190,9 +249,9 @@ def measured(config: ModelConfig, store: ExpertStore, slots: int, given: argpars
     logits, state = begun(model, config)
     row: dict[str, Any] = {"slots": slots, "share": slots / store.pool.slots, "logits": logits}
     row["link"] = link_rate(store, pool_of(residency))
-    emptied(pool_of(residency))  # its slots were written over
-    for name, skewed in (("uniform", False), ("skewed", True)):
-        routing = Routing(config, model, skewed)
+    for name, skewed, guessed in ROUTINGS:
+        routing = Routing(config, model, skewed, guessed)
+        settled(residency, routing)
         steps(model, routing, state, WARM_STEPS)
         before = vars(residency.usage)
         took = steps(model, routing, state, given.steps)
@@ -211,8 +270,6 @@ def measured(config: ModelConfig, store: ExpertStore, slots: int, given: argpars
 @torch.inference_mode()
 def resident(config: ModelConfig, store: ExpertStore, given: argparse.Namespace) -> dict[str, Any]:
     """All experts on the GPU, one graph: what computing takes."""
-    from dsv4_engine.gpu.decode import Steps
-
     model, residency = model_over(config, store, store.pool.slots)
     logits, state = begun(model, config)
     row: dict[str, Any] = {"logits": logits}
@@ -302,20 +359,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     full = resident(config, store, given)
     least = full["ms"]
     print(f"all on the GPU: step {least:.2f} ms; prefill {full.get('prefill_s', 0):.2f} s", flush=True)
-    print(f"{'limit':>6}{'share':>7} {'routing':8}{'hits':>6}{'MB':>7}{'step':>9}{'link':>9}{'ratio':>7}"
+    print(f"{'limit':>6}{'share':>7} {'routing':17}{'hits':>6}{'MB':>7}{'step':>9}{'link':>9}{'ratio':>7}"
           f"{'tok/s x43':>10}{'prefill':>9}{'peak':>7}")  # fmt: skip
     rows = []
     for limit in (float(text) for text in given.limits.split(",")):
         slots, _ = slots_for(whole, int(limit * GIB), given.layers)
         row = measured(config, store, slots, given) | {"limit_gib": limit}
         same = torch.equal(row.pop("logits"), full["logits"])
-        for name in ("uniform", "skewed"):
+        for name, _, _ in ROUTINGS:
             found = row[name]
             found["link_ms"] = 1e3 * found["bytes"] / row["link"]
             found["ratio"] = found["ms"] / max(found["link_ms"], least)
             found["tok_s_43"] = 1e3 / (found["ms"] * scale)
             prefill = f"{given.prefill / (row['prefill_s'] * scale):7.0f}/s" if "prefill_s" in row else ""
-            print(f"{limit:6.0f}{row['share']:7.1%} {name:8}{found['hit_rate']:6.0%}{found['bytes'] / 1e6:7.0f}"
+            print(f"{limit:6.0f}{row['share']:7.1%} {name:17}{found['hit_rate']:6.0%}{found['bytes'] / 1e6:7.0f}"
                   f"{found['ms']:7.2f}ms{found['link_ms']:7.2f}ms{found['ratio']:7.2f}{found['tok_s_43']:10.1f}{prefill:>9}"
                   f"{row['peak'] / GIB:7.1f}", flush=True)  # fmt: skip
         print(f"       link {row['link'] / 1e9:.1f} GB/s; logits {'equal' if same else 'DIFFER'}", flush=True)

@@ -23,6 +23,7 @@ from ..config import ModelConfig
 from ..offload.policy import Slots, Usage
 from ..offload.store import ExpertStore
 from .apart_step import StepPool
+from .layer import Likely
 from .stage import on
 from .weights import PackedSource
 
@@ -69,7 +70,10 @@ class GpuPool:
     def begin(self, tokens: int) -> None:
         """A pass over so many tokens begins: the table goes to whoever serves it."""
         step = self.step
-        if step is None or self._stepping == (tokens == 1):
+        if step is None:
+            return
+        step.settle()
+        if self._stepping == (tokens == 1):
             return
         if self._stepping:
             step.give(self.slots)
@@ -80,15 +84,16 @@ class GpuPool:
             step.take(self.slots)
         self._stepping = tokens == 1  # last: a handing over that was interrupted begins again
 
-    def resident(self, layer: int, chosen_SK: Tensor, following: int | None) -> None:
+    def resident(self, layer: int, chosen_SK: Tensor, following: int | None, likely: Likely = None) -> None:
         """See that the chosen experts of a layer are there before what is launched next.
 
-        following: the next layer with experts in this pool; a prompt's chunk needs most of them too.
+        following: the next layer with experts in this pool; a prompt's chunk needs most of them too.  likely: see
+        layer.Chosen.
         """
         with self._whole():
             if self._stepping:
                 assert self.step is not None
-                self.step.resident(layer, chosen_SK)
+                self.step.resident(layer, chosen_SK, likely if following == layer + 1 else None)
             else:
                 self._bring(layer, chosen_SK, following)
 
@@ -231,13 +236,16 @@ class Residency:
             layer: after if self.pools[layer] is self.pools[after] else None for layer, after in pairwise(layers)
         }
 
-    def __call__(self, layer: int, chosen_SK: Tensor) -> None:
+    def __call__(self, layer: int, chosen_SK: Tensor, likely: Likely = None) -> None:
         pool = self.pools.get(layer)
         if pool is not None:
-            pool.resident(layer, chosen_SK, self._following.get(layer))
+            pool.resident(layer, chosen_SK, self._following.get(layer), likely)
 
     def begin(self, token_ids_S: Tensor) -> None:
-        """A forward pass over these ids, which lie on the host, begins: hash layers' experts are known already."""
+        """A forward pass over these ids begins: hash layers' experts are known already.
+
+        They lie on the host; a single one anywhere, where nobody asks for it (`recorded`).
+        """
         for pool in self._each:
             with on(pool.device):
                 pool.begin(token_ids_S.shape[0])

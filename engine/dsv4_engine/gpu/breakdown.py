@@ -26,8 +26,10 @@ _PARTS = {
     _BEGINS: "mHC", "_read": "mHC", "_split_low_rank": "projections",
     "_finish_queries": "projections", "linear_": "projections", "widened_": "projections", "_linear": "projections",
     "_expand": "projections", "_round_activations": "projections", "_compress": "compressors", "_pool": "compressors",
-    "_finish": "compressors", "_unpack_keys": "indexer", "_scores": "indexer",
-    "select_best": "indexer", "count_better": "indexer", "write_best": "indexer", "attention_hopper": "core attention",
+    "_finish": "compressors", "_unpack_keys": "indexer", "_scores": "indexer", "score_far": "indexer",
+    "rank_units": "indexer", "gather_candidates": "indexer", "rank_candidates": "indexer",
+    "place_candidates": "indexer", "select_best": "indexer", "count_better": "indexer", "write_best": "indexer",
+    "attention_hopper": "core attention",
     "score_keys": "core attention", "sum_values": "core attention", "_attention": "core attention",
     "_add_chains": "core attention", "_move": "core attention",
 }  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..device_sampling import Draw
 from .beside import Beside
 from .chunk import Chunk
-from .layer import Chosen
+from .layer import Chosen, Likely
 from .stage import Stage, on
 from .state import GpuState
 
@@ -216,8 +216,8 @@ def _cutting(recorder: _Recorder, beside: Beside, chosen: Chosen | None) -> Chos
     """Ends the graph where ``chosen`` is to be called, and begins the next behind it."""
     assert chosen is not None
 
-    def cut(layer: int, chosen_SK: Tensor) -> None:
+    def cut(layer: int, chosen_SK: Tensor, likely: Likely) -> None:
         beside.join()  # a graph has no end but one
-        recorder.cut(lambda: chosen(layer, chosen_SK))
+        recorder.cut(lambda: chosen(layer, chosen_SK, None))
 
     return cut

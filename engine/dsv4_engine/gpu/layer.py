@@ -29,8 +29,10 @@ from .chunk import WINDOW, Chunk
 from .state import WINDOW_RING, LayerBuffers
 from .weights import PackedSource
 
-# Called between a layer's routing and its experts with the layer's number and the experts chosen, int32 [S, K].
-Chosen = Callable[[int, Tensor], None]
+# Called between a layer's routing and its experts with its number, the experts chosen, int32 [S, K], and what asks the
+# next layer on the device, if there is one, which experts it would choose for this layer's input.
+Likely = Callable[[], Tensor] | None
+Chosen = Callable[[int, Tensor, Likely], None]
 
 
 class GpuIndexer:
@@ -168,27 +170,34 @@ class GpuExperts:
             check_pool(self.pool, f"{name}experts")
         self.shared_w13 = source.fp8(f"{name}shared_experts.w1", f"{name}shared_experts.w3")
         self.shared_w2 = source.fp8(f"{name}shared_experts.w2")
+        self.following: GpuExperts | None = None  # the next layer's on this device
 
-    def forward(self, read: Connected, chunk: Chunk, chosen: Callable[[Tensor], None] | None) -> Write:
+    def forward(self, read: Connected, chunk: Chunk, chosen: Callable[[Tensor, Likely], None] | None) -> Write:
         """What is added to the streams: every chosen expert's result and the shared one's."""
         config = self.config
         with self.beside.work(chunk.start is None):
             gate_up = fp8_linear(read.rounded, self.shared_w13)
             result = fp8_linear(swiglu_round(gate_up, config.swiglu_limit), self.shared_w2)
-        chosen_SK, weights_SK = route(
-            plain_linear(read.u, self.gate),
+        chosen_SK, weights_SK = self.routed(read.u, chunk.token_ids)
+        if chosen is not None:
+            after = self.following
+            chosen(chosen_SK, None if after is None else lambda: after.routed(read.u, chunk.token_ids)[0])
+        routed = routed_experts(read.rounded, chosen_SK, weights_SK, self.pool, config.swiglu_limit)
+        self.beside.join()
+        return Write(result, read.post, read.comb, routed)
+
+    def routed(self, u_SD: Tensor, token_ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts chosen for inputs [S, D], int32 [S, K], and their weights."""
+        config = self.config
+        return route(
+            plain_linear(u_SD, self.gate),
             config.num_experts_per_tok,
             config.routed_scaling_factor,
             config.norm_topk_prob,
             self.bias,
             self.table,
-            None if self.table is None else chunk.token_ids,
+            None if self.table is None else token_ids_S,
         )
-        if chosen is not None:
-            chosen(chosen_SK)
-        routed = routed_experts(read.rounded, chosen_SK, weights_SK, self.pool, config.swiglu_limit)
-        self.beside.join()
-        return Write(result, read.post, read.comb, routed)
 
 
 class GpuBlock:

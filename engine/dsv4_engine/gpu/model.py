@@ -65,7 +65,9 @@ class GpuModel:
         self.blocks: list[GpuBlock] = [block for stage in self.stages for block in stage.blocks]
         self.devices = [stage.device for stage in self.stages]
         self.device = self.devices[-1]  # where logits are made
-        self._steps = Steps(self.stages, chosen, isinstance(chosen, Residency) and chosen.recorded)
+        # Whether a step is nothing but what is launched.
+        self._recorded = chosen is None or (isinstance(chosen, Residency) and chosen.recorded)
+        self._steps = Steps(self.stages, chosen, self._recorded)
         self._done: list[torch.cuda.Event] = []
         self._nowhere: list[Part] | None = None
 
@@ -88,8 +90,7 @@ class GpuModel:
         good until the next one.
         """
         tokens = token_ids_S.shape[0]
-        if isinstance(self.chosen, Residency):
-            self.chosen.begin(token_ids_S)
+        self._begin(token_ids_S)
         if tokens == 1 and state.known <= state.position:
             x_SJD = self._steps.step(int(token_ids_S), state)
         else:
@@ -98,9 +99,16 @@ class GpuModel:
         return x_SJD
 
     def ahead(self, draw: Draw, state: GpuState) -> None:
-        """See Model.ahead.  A step leaves no trace that the next one there does not write over (state.py)."""
-        if self.chosen is None and state.known <= state.position:
+        """See Model.ahead.  A step leaves no trace that the next one there does not write over (state.py), but in which
+        experts are held where they are apart.
+        """
+        if self._recorded and state.known <= state.position:
+            self._begin(draw.token)
             self._steps.ahead(draw, state)
+
+    def _begin(self, token_ids_S: Tensor) -> None:
+        if isinstance(self.chosen, Residency):
+            self.chosen.begin(token_ids_S)
 
     def _prefill(self, token_ids_S: Tensor, state: GpuState) -> Tensor:
         self._steps.forget()

@@ -7,6 +7,7 @@ Letters: S tokens, J streams, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class Stage:
         self.embed = source.raw("embed.weight") if first == 0 else None
         self.beside = Beside(source.device)
         self.blocks = [GpuBlock(source, config, layer, self.beside) for layer in range(first, last)]
+        for block, following in pairwise(self.blocks):
+            block.ffn.following = following.ffn
         self.output = self.head = None
         if last == config.num_hidden_layers:
             self.output = source.plain("head")

@@ -25,6 +25,7 @@ from dsv4_kernels.linear import Weight
 from dsv4_kernels.moe import Expert
 
 MATRICES = ("w1", "w3", "w2")
+_PIECE = 1 << 30  # bytes that are got at once, in which Ctrl-C is not heard
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _lock(pool: ExpertPool) -> None:
     """Lock the pool's pages as long as it lives.  (What torch allocates locked it rounds up to a power of two.)"""
     runtime = torch.cuda.cudart()
     for tensor in pool.tensors.values():
-        tensor.view(torch.uint8).zero_()  # so that all cores have a part in getting the pages
+        for piece in tensor.view(torch.uint8).flatten().split(_PIECE):
+            piece.zero_()  # so that all cores have a part in getting the pages
         if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
             raise MemoryPlanError(
                 f"the system does not lock {readable_bytes(tensor.nbytes)} of memory, which copies to a GPU need",

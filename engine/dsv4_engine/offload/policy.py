@@ -8,7 +8,7 @@ use.  Knows numbers only; moves nothing and takes no lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +91,12 @@ class Slots:
     def unpin(self, slot: int) -> None:
         assert self._pins[slot] > 0
         self._pins[slot] -= 1
+
+    def pin_only(self, slots: Iterable[int]) -> None:
+        """Each of these is pinned once, and nothing else is."""
+        pins = np.zeros_like(self._pins)
+        pins[list(slots)] = 1
+        self._pins = pins  # at once: an interruption finds the old ones or these
 
     def drop(self, slot: int) -> None:
         """Empty a slot; its pins stay."""

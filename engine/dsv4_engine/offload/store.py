@@ -62,12 +62,16 @@ class ExpertStore:
         self.usage = Usage()
         self._window = min(WINDOW, slots // 3)
         self._experts: dict[int, Expert] = {}  # views of slots
-        self._turn = threading.Condition()  # guards everything that follows, `slots` and `usage`
+        # Guards everything that follows, `slots` and `usage`; entered itself, since Ctrl-C within the condition's own
+        # `__enter__` would leave it locked.
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
         self._wanted: deque[_Key] = deque()  # by the layer that computes now
         self._ahead: deque[_Key] = deque()  # by later ones
         self._reading: set[_Key] = set()
         self._held: set[_Key] = set()  # read or being read, for nobody yet: each has one pin
-        self._readers = 0
+        self._readers: set[threading.Thread] = set()
+        self._pass = 0
         self._failed: Exception | None = None
 
     def layer(self, prefix: str) -> LayerExperts | None:
@@ -103,7 +107,7 @@ class ExpertStore:
 
     def expect(self, layer: int, experts: Iterable[int]) -> None:
         """These will be wanted once ``layer`` computes: read them while nothing is more urgent."""
-        with self._turn:
+        with self._lock:
             self._queue_ahead(layer, experts)
             self._work()
 
@@ -120,23 +124,36 @@ class ExpertStore:
 
     def use_slots(self, layer: int, tokens: int, counts: Mapping[int, int]) -> Iterator[tuple[int, int]]:
         """As `use`, but the slots where the experts are: (number, slot)."""
-        ready, coming = self._begin(layer, tokens, counts)
+        number = self._settle()
         try:
+            ready, coming = self._begin(layer, tokens, counts)
             while ready or coming:
                 if not ready:
                     self._wait(layer, ready, coming)
                 yield ready[-1]
                 _, slot = ready.pop()
-                with self._turn:
+                with self._lock:
                     self.slots.unpin(slot)
                     self._work()
         finally:
-            self._leave(layer, ready)
+            self._leave(layer, number)
+
+    def _settle(self) -> int:
+        """A pass begins, whose number this returns: what an interrupted one has left is taken back, wherever it was.
+
+        Ctrl-C may come between any two operations of whoever computes; never in the threads that read.
+        """
+        with self._lock:
+            self._wanted.clear()
+            self._readers = {thread for thread in self._readers if thread.ident is not None}
+            self.slots.pin_only(int(self.slots.slot_of[key]) for key in self._held | self._reading)
+            self._pass += 1
+            return self._pass
 
     def _begin(self, layer: int, tokens: int, counts: Mapping[int, int]) -> tuple[list[tuple[int, int]], set[int]]:
         ready: list[tuple[int, int]] = []
         coming: set[int] = set()
-        with self._turn:
+        with self._lock:
             self.slots.used(layer, tokens, list(counts), list(counts.values()))
             self._ahead = deque(key for key in self._ahead if key[0] != layer)
             self._let_go(key for key in self._held if key[0] == layer and key[1] not in counts)
@@ -164,7 +181,7 @@ class ExpertStore:
     def _wait(self, layer: int, ready: list[tuple[int, int]], coming: set[int]) -> None:
         """Move from ``coming`` to ``ready`` what has come, at least one."""
         before = time.perf_counter()
-        with self._turn:
+        with self._lock:
             while not (found := [e for e in coming if (layer, e) in self._held and (layer, e) not in self._reading]):
                 if self._failed is not None:
                     raise self._failed
@@ -176,26 +193,27 @@ class ExpertStore:
             self._work()
         self.usage.waited_s += time.perf_counter() - before
 
-    def _leave(self, layer: int, ready: list[tuple[int, int]]) -> None:
-        """Let go of everything that was got for this layer, computed or not."""
-        with self._turn:
+    def _leave(self, layer: int, number: int) -> None:
+        """Let go of everything that was got for this layer in pass ``number``, computed or not."""
+        with self._lock:
+            if number != self._pass:  # a pass that was interrupted and is ended only now
+                return
             self._wanted.clear()
             self._failed = None
-            for _, slot in ready:
-                self.slots.unpin(slot)
-            self._let_go(key for key in self._held if key[0] == layer)
+            self._held = {key for key in self._held if key[0] != layer}
+            self.slots.pin_only(int(self.slots.slot_of[key]) for key in self._held | self._reading)
             self._work()
 
     def where(self, layer: int, experts: Sequence[int]) -> list[int]:
         """The slots of those that are there, read to the end; -1 for the others.  They stay only if it is complete."""
-        with self._turn:
+        with self._lock:
             slots = self.slots.slot_of[layer, list(experts)].tolist()
             return [-1 if (layer, e) in self._reading else slot for e, slot in zip(experts, slots, strict=True)]
 
     def passed(self, layer: int) -> None:
         """The layer was computed without asking: what was read ahead for it may leave."""
         if self._held:
-            self._leave(layer, [])
+            self._leave(layer, self._pass)
 
     def _let_go(self, keys: Iterable[_Key]) -> None:
         """Nobody waits for these that were read, or are being read."""
@@ -214,9 +232,10 @@ class ExpertStore:
 
     def _work(self) -> None:
         """See that threads read while there is something to read and room for it.  They end when there is not."""
-        while self._readers < min(READERS, len(self._wanted) + len(self._ahead)) and self._room():
-            self._readers += 1
-            threading.Thread(target=self._read, name="experts", daemon=True).start()
+        while len(self._readers) < min(READERS, len(self._wanted) + len(self._ahead)) and self._room():
+            thread = threading.Thread(target=self._read, name="experts", daemon=True)
+            self._readers.add(thread)
+            thread.start()
 
     def _room(self) -> bool:
         held = len(self._held)
@@ -239,10 +258,10 @@ class ExpertStore:
 
     def _read(self) -> None:
         while True:
-            with self._turn:
+            with self._lock:
                 job = self._next()
                 if job is None:
-                    self._readers -= 1
+                    self._readers.discard(threading.current_thread())
                     return
             (layer, expert), slot = job
             size, failed = 0, None
@@ -250,7 +269,7 @@ class ExpertStore:
                 size = self.files.read(layer, expert, self.pool, slot)
             except Exception as error:  # given to whoever waits for it
                 failed = error
-            with self._turn:
+            with self._lock:
                 self._reading.discard(job[0])
                 self.usage.fetched += failed is None
                 self.usage.bytes += size

@@ -6,7 +6,9 @@ python -m pytest -m gpu tests/engine/offload/test_gpu_pool.py
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,18 @@ from dsv4_engine import Engine
 from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.device_map import DeviceMap, Limits
+from dsv4_engine.device_sampling import Draw
 from dsv4_engine.errors import CheckpointError, MemoryPlanError
 from dsv4_engine.gpu import apart_step
 from dsv4_engine.gpu.apart import EXACT_BINADES, GpuPool, Residency
 from dsv4_engine.gpu.apart_plan import Machine, apart_plan
+from dsv4_engine.gpu.apart_step import StepPool
 from dsv4_engine.offload.disk import ExpertFiles
+from dsv4_engine.offload.layout import ExpertLayout
+from dsv4_engine.offload.policy import Slots
 from dsv4_engine.offload.store import ExpertStore
 from dsv4_engine.placement import program_bytes
+from dsv4_engine.sampling import Sampling
 from dsv4_engine.weights import Weights
 from support.random_checkpoint import make_checkpoint
 
@@ -109,7 +116,7 @@ def interrupted(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["copies", "copies ahead", "fetches", "handing over"])
+@pytest.mark.parametrize("where", ["copies", "copies ahead", "fetches", "between layers", "handing over"])
 def test_what_an_interrupted_pass_promised_is_not_believed(
     weights: Weights, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,12 +128,19 @@ def test_what_an_interrupted_pass_promised_is_not_believed(
     residency = Residency(dict.fromkeys(range(LAYERS), pool), hashed)
     generator = torch.Generator().manual_seed(1)
 
-    def run(tokens: int, token: int = 0) -> None:
+    def some(tokens: int) -> torch.Tensor:
+        return torch.rand(tokens, EXPERTS, generator=generator).topk(6).indices.int()
+
+    def run(tokens: int, token: int = 0, layers: int = LAYERS) -> None:
         residency.begin(torch.full((tokens,), token))
-        for layer in range(LAYERS):
-            chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(6).indices.int()
-            residency(layer, chosen)
+        if pool.step is not None:
+            assert not pool.step._begun and not pool.step._kept  # nothing is left of an interrupted step
+        for layer in range(layers):
+            chosen = some(tokens)
+            residency(layer, chosen, lambda: some(1))
             check(pool, weights, layer, chosen)
+        if layers < LAYERS:
+            raise KeyboardInterrupt
 
     for tokens in (3, 1, 1):
         run(tokens)
@@ -135,10 +149,10 @@ def test_what_an_interrupted_pass_promised_is_not_believed(
             patch.setattr(pool, "_parts", Interrupted(pool._parts))
         elif where == "fetches":
             patch.setattr(apart_step, "fetch", interrupted)
-        else:
+        elif where == "handing over":
             patch.setattr(pool.step, "give", interrupted)
-        run(1 if where == "fetches" else 3, 1)
-    for tokens in (1, 12, 1) if where == "fetches" else (12, 1, 12):
+        run(1 if where in ("fetches", "between layers") else 3, 1, 2 if where == "between layers" else LAYERS)
+    for tokens in (1, 12, 1) if where in ("fetches", "between layers") else (12, 1, 12):
         run(tokens)
     assert pool.slots.pinned <= EXPERTS
 
@@ -202,6 +216,75 @@ def test_logits_have_the_same_bits(folder: Path, memory: int | None, tmp_path: P
     assert torch.equal(a.extend(ids[:300], logits="all").cpu(), b.extend(ids[:300], logits="all").cpu())
     for token in ids[40:60]:
         assert torch.equal(a.extend([token]).cpu(), b.extend([token]).cpu())
+
+
+@pytest.mark.gpu
+def test_steps_begun_ahead_have_the_same_bits(folder: Path) -> None:
+    """Taken, or another token comes next, or several, which the host serves."""
+    whole = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096)
+    limits = limits_for(whole, 100)
+    apart = Engine.load(folder, device="cuda", dtype="bfloat16", ctx=4096, limits=limits)
+    ids = torch.randint(512, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    a, b = whole.session(), apart.session()
+    taken, begun = ids[:500], 0
+    for turn in range(60):
+        logits = b.extend(taken, logits="device")
+        assert torch.equal(a.extend(taken), logits.cpu())
+        draw = Draw(logits, Sampling(temperature=0), 0.0)
+        b.ahead(draw)
+        begun += b._model._steps._begun is not None  # type: ignore[attr-defined]
+        token = draw.result()
+        assert token is not None
+        taken = [[token], [token], ids[turn : turn + 1], ids[turn : turn + 20]][turn % 4]
+    assert begun == 59
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_begun_ahead_may_come_or_end_at_any_moment(device: str) -> None:
+    """While it copies, before it begins, after it has ended; right guesses and wrong ones, one layer after another."""
+    layers, experts, number, there = 4, 12, 16, device == "cuda"
+    layout = ExpertLayout("fp4", torch.int8, *((4096, 2048) if there else (128, 128)))
+    memory, pool = layout.pool(layers * experts, pinned=there), layout.pool(number, device)
+    everything = {name: torch.empty_like(tensor, device=device) for name, tensor in memory.tensors.items()}
+    for name, tensor in everything.items():
+        tensor.view(torch.uint8).random_(0, 256)
+        memory.tensors[name].copy_(tensor)
+    whole = Slots(layers, experts, layers * experts)
+    whole.slot_of[:] = np.arange(layers * experts).reshape(layers, experts)
+    store: Any = SimpleNamespace(pool=memory, slots=whole)
+    step, generator = StepPool(store, pool, Slots(layers, experts, number)), torch.Generator().manual_seed(0)
+
+    def some() -> torch.Tensor:
+        return torch.randperm(experts, generator=generator)[:6].int()[None].to(device)
+
+    def wait() -> None:
+        """Up to 0.5 ms; an expert takes 0.27."""
+        cycles = int(torch.randint(800_000, (1,), generator=generator))
+        if there:
+            torch.cuda._sleep(cycles)
+
+    def asked(likely: torch.Tensor, late: bool) -> torch.Tensor:
+        if late:
+            wait()
+        return likely
+
+    chosen, turns = some(), 400 if there else 60
+    for turn in range(turns):
+        layer, likely = turn % layers, some()
+        step.resident(layer, chosen, partial(asked, likely, turn % 5 == 0) if layer + 1 < layers else None)
+        slots = step.held.slot_of[layer, chosen[0].long()].long()
+        assert bool((slots >= 0).all())
+        for name, tensor in pool.tensors.items():
+            right = everything[name].view(torch.uint8)[layer * experts + chosen[0].long()]
+            assert torch.equal(tensor.view(torch.uint8)[slots], right), (turn, name)
+        chosen = likely if turn % 3 else some()
+        wait()
+    step.settle()
+    who = step.held.held.long()
+    for name, tensor in pool.tensors.items():
+        assert torch.equal(tensor.view(torch.uint8)[who >= 0], everything[name].view(torch.uint8)[who[who >= 0]]), name
+    begun, known = step.held.usage[2:].tolist()
+    assert known > turns / 3 and begun - known > turns / 20
 
 
 @pytest.mark.gpu

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ import torch
 from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import CheckpointError
+from dsv4_engine.offload import policy as policy_module
+from dsv4_engine.offload import store as store_module
 from dsv4_engine.offload.disk import ExpertFiles, expert_layout
 from dsv4_engine.offload.layout import ExpertLayout
 from dsv4_engine.offload.store import MIN_SLOTS, WINDOW, ExpertStore
@@ -152,6 +158,57 @@ def test_an_interrupted_layer_leaves_nothing_behind(fp4: Weights) -> None:
     using = store.use(3, 24, dict.fromkeys(range(24), 1))
     assert len(list(using)) == 24
     check_idle(store)
+
+
+def interrupted_at(number: int, run: Callable[[], object]) -> bool:
+    """Ctrl-C before the line of that number which ``run`` comes to in the store; whether it came to so many."""
+    left = number
+
+    def traced(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in (store_module.__file__, policy_module.__file__):
+            return None
+        # No signal is taken between a lock's being got or given back and the lines within.
+        if event == "line" and "with self._lock" not in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return traced
+
+    before = sys.gettrace()
+    sys.settrace(traced)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_ctrl_c_at_any_moment_leaves_nothing_behind(fp4: Weights) -> None:
+    """In one store with few slots, one interruption after the other: nothing stays pinned, nobody waits for ever."""
+    store, wanted = store_of(fp4, 9), dict.fromkeys(range(0, 24, 4), 1)
+
+    def passes() -> None:
+        store.expect(1, range(3))
+        for layer in (0, 1):
+            for _ in store.use(layer, 4, wanted):
+                pass
+
+    number = 0
+    while interrupted_at(number, passes):
+        number += 1
+        if number % 4 == 0:
+            for layer in (0, 1):
+                for expert, got in store.use(layer, 4, wanted):
+                    want = mapped(fp4, layer, expert)
+                    assert all(same(a, b) for a, b in zip((*got.w13, got.w2), (*want.w13, want.w2), strict=True))
+            store.passed(0)
+            store.passed(1)
+            check_idle(store)
+            assert store.slots.pinned == 0
+    assert number > 150
 
 
 def test_a_wrong_guess_keeps_nobody_waiting(fp4: Weights) -> None:
