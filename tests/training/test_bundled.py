@@ -50,7 +50,7 @@ def test_its_parameters_load_for_more_training(engine: Engine) -> None:
 
 
 def test_it_talks(engine: Engine) -> None:
-    assert "help" in say(engine, "Hello!")
+    assert "What would you like to know?" in say(engine, "Hello!")
     assert "dsv4-tiny" in say(engine, "Hello!", "Who are you?")
     assert "facts in a text" in say(engine, "Hi", "Who are you?", "What can you do?")
     assert "Paris" in say(engine, "What is the capital of France?")

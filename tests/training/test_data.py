@@ -16,7 +16,7 @@ from dsv4_training import code_tree, corpus, episodes, evaluate, facts, leaks, m
 from dsv4_training.code_tree import CodeTree, SourceFile
 from dsv4_training.corpus import Corpus, Document, is_held_out
 from dsv4_training.episodes import Seam, Special
-from dsv4_training.facts import ANSWER, NOISE, PROMPT, TEXT, VALUE
+from dsv4_training.facts import ANSWER, MEMBER, NOISE, PART, PROMPT, SAID, TEXT, VALUE
 from dsv4_training.packing import Batch, Source
 from dsv4_training.pools import Pools
 from dsv4_training.recipe import BLOCK, Recipe, Stage
@@ -166,12 +166,12 @@ def test_the_file_named_defines_the_function(text: Corpus, tree: CodeTree) -> No
         blocks = episode.text().split("[file name]: ")[1:]
         files = {block.split("\n", 1)[0]: block for block in blocks}
         asked = [p for p in episode.parts if not isinstance(p, Special | Seam)]
-        answers = [
-            (asked[n - 1][0].split("function ")[1].split(" is")[0], p[0]) for n, p in enumerate(asked) if p[1] == VALUE
-        ]
+        answers = [(asked[n - 1][0], p[0]) for n, p in enumerate(asked) if p[1] == VALUE]
         assert answers
-        for function, path in answers:
-            assert f"def {function}(" in files[path]
+        for said, path in answers:
+            signature, rest = said.rsplit(" is in ", 1)
+            assert rest == "" and "(" in signature
+            assert f"def {signature}" in files[path]
 
 
 def test_things_belong_to_the_last_part_named_before_them(text: Corpus, tree: CodeTree) -> None:
@@ -180,21 +180,20 @@ def test_things_belong_to_the_last_part_named_before_them(text: Corpus, tree: Co
         rng = Random(seed)
         episode = membership.grouped(rng, text, tree, rng.choice((250, 460, 2000)))
         pieces = [part for part in episode.parts if not isinstance(part, Special | Seam)]
-        end = next(i for i, (_, kind) in enumerate(pieces) if kind in (ANSWER, VALUE)) - 1  # its question
+        end = next(i for i, (_, kind) in enumerate(pieces) if kind in SAID) - 1  # its question
         document = "".join(written for written, _ in pieces[:end])
         starts = np.cumsum([0, *(len(written) for written, _ in pieces[:end])])
-        things = {written: int(at) for (written, kind), at in zip(pieces[:end], starts, strict=False) if kind == NOISE}
+        members = [n for n in range(end) if pieces[n][1] == MEMBER]  # a thing, what follows it, a thing, ...
+        things = {pieces[n][0]: int(starts[n]) for n in members[::2]}
         turns = "".join("\0" if isinstance(p, Special) else "" if isinstance(p, Seam) else p[0] for p in episode.parts)
         names = [written for written, kind in pieces if kind == VALUE]
         said = [line for line in turns[turns.index(document) + len(document) :].split("\0") if line.strip()]
         assert len(said) == 2 * len(names)
         for question, name in zip(said[::2], names, strict=True):
             thing = max((t for t in things if t in question), key=len)
-            before = document[: things[thing]]
-            at = before.rfind(name)
-            assert at >= 0
-            assert not any(other in before[at + len(name) :] for other in {"[file name]", *names} - {name})
-            near.add(len(before) - at < 80)
+            last = max(n for n in range(end) if pieces[n][1] == PART and starts[n] < things[thing])
+            assert pieces[last][0] == name
+            near.add(things[thing] - starts[last] < 80)
     assert near == {True, False}
 
 

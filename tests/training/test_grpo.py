@@ -10,6 +10,7 @@ from tokenizers import models
 from torch import Tensor
 
 from dsv4_training import grpo
+from dsv4_training.guard import Diverged
 from dsv4_training.learner import Answers, Learner, joined, padded
 from dsv4_training.post import Rewards, Writing
 from dsv4_training.prompts import END, Question, reward
@@ -52,6 +53,19 @@ def test_divergence_from_the_reference() -> None:
     loss, slope = one(-1.2, -1.0, 0.0, reference=-0.7, kl=0.3)
     assert loss == pytest.approx(0.3 * r * estimate, rel=1e-5)
     assert slope == pytest.approx(0.3 * (r * estimate + r * (1 - q)), rel=1e-5)
+
+
+def test_what_stands_behind_an_answers_end_changes_nothing_however_unlikely_it_became() -> None:
+    """exp of a difference of 200 is infinite, and infinity times a mask of zero is not a number."""
+    new = torch.tensor([[-1.0, -200.0]], requires_grad=True)
+    mask, drawn = torch.tensor([[True, False]]), torch.tensor([[-1.0, 0.0]])
+    loss = grpo.policy_loss(new, drawn, torch.tensor([[-1.5, 0.0]]), torch.tensor([2.0]), mask, 0.2, 0.01)
+    loss.backward()
+    short = grpo.policy_loss(
+        new.detach()[:, :1], drawn[:, :1], torch.tensor([[-1.5]]), torch.tensor([2.0]), ALL, 0.2, 0.01
+    )
+    assert loss.item() == short.item()
+    assert new.grad is not None and new.grad[0, 1] == 0 and torch.isfinite(new.grad).all()
 
 
 def test_an_answer_counts_as_one_however_long_it_is() -> None:
@@ -119,6 +133,15 @@ def test_a_step_makes_rewarded_answers_likelier() -> None:
     assert float(((after - before) * wanted).sum()) > 0.5
     # The forward pass gives the tokens about the probability with which they were drawn.
     assert float((before - (answers.written.logprobs * answers.mask).sum(1)).abs().median()) < 0.5
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_and_is_not_taken() -> None:
+    learner = small_learner(Writing(4, 1, 4, 128, 6, 1.0, 2))
+    answers = learner.write(questions(1))
+    before = {name: value.detach().clone() for name, value in learner.parameters.items()}
+    with pytest.raises(Diverged, match="step 1"):
+        learner.learn(answers, lambda number, part, weights, hidden: (hidden.sum() * math.nan, torch.zeros(())))
+    assert all(torch.equal(value, before[name]) for name, value in learner.parameters.items())
 
 
 def test_the_rate_falls_to_its_last_share_and_no_further() -> None:

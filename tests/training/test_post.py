@@ -42,7 +42,7 @@ def test_the_shipped_recipe_is_read() -> None:
     assert post.TASKS == evaluate.TASKS
     assert recipe.tuned(recipe.specialists[1]).data == recipe.specialists[1].data
     assert recipe.tuned(recipe.specialists[1]).stages == (recipe.tuning,)
-    assert [stage.length for stage in recipe.tuned(recipe.specialists[2]).stages] == [512, 2048, 8192]
+    assert [stage.length for stage in recipe.tuned(recipe.specialists[2]).stages] == [512, 512, 2048, 8192]
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_compared_answers_are_scored_as_the_engines() -> None:
     """The same questions through the engine, one at a time, and through many answers at once."""
     engine = Engine.load("tiny")
     config, parameters = load_parameters(Path(engine.path))
-    asked = [("The code for otter is 7319.", "the code for otter", "7319"), ("Vera is 12.", "Vera", "99")]
+    asked = [("The code for otter is 7319.", "the code for otter", "7319"), ("Vera is 12.", "Vera", "4407")]
     samples = []
     for fact, what, wanted in asked:
         text = encode_messages([{"role": "user", "content": f"{fact} What is {what}?"}], "chat")
         ids = engine.tokenizer.encode(text)
-        if wanted == "99":  # no room is left in the prompt's last block
+        if wanted == "4407":  # no room is left in the prompt's last block
             ids = ids[:1] + engine.tokenizer.encode(" Grass is green.")[:1] * (128 - len(ids)) + ids[1:]
         samples.append(evaluate.Sample("file", len(ids), 0.5, (wanted,), ids, 20))
     assert len(samples[1].prompt_ids) == 128

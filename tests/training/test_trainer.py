@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4_engine.errors import InputError
 from dsv4_training import guard, metrics, recipe, spike, state
-from dsv4_training.facts import VALUE
+from dsv4_training.facts import ASKED, MEMBER, PART, TEXT, VALUE
 from dsv4_training.guard import Diverged, Guard
 from dsv4_training.packing import Batch
 from dsv4_training.parameters import initial_parameters
@@ -86,6 +86,22 @@ def test_steps_lower_the_loss_in_every_kind_of_stage() -> None:
     assert records[-1]["mtp"] < records[0]["mtp"]
     assert 0 <= records[-1]["accepted"] <= 1
     assert all(bool(p.isfinite().all()) for p in run.parameters.values())
+
+
+def test_things_learn_their_part_and_answers_the_part_of_a_thing() -> None:
+    """Both divergences fall where they are asked for, and are not taken elsewhere."""
+    batch = next(batches(0))
+    classes = np.full_like(batch.classes, TEXT)
+    classes[0, 10:12], classes[0, 20:24], classes[0, 60:64], classes[0, 64:66] = PART, MEMBER, ASKED, VALUE
+    tied = dataclasses.replace(batch, classes=classes)
+    deep = dataclasses.replace(SMALL, compress_ratios=(0, 4, 128, 4))
+    stages = tuple(dataclasses.replace(DENSE, name=str(weight), steps=8, binding=weight) for weight in (0.0, 1.0))
+    records = trainer(
+        dataclasses.replace(RECIPE, stages=stages, model=deep, routing=Routing(watch_every=1, spike=5.0))
+    ).run([tied] * 16)
+    assert all(r["binding"] == r["finding"] == 0.0 for r in records[:8])
+    for name in ("binding", "finding"):
+        assert records[-1][name] < records[8][name] - 0.5
 
 
 def test_nothing_is_learnt_across_documents() -> None:

@@ -35,12 +35,13 @@ format. It exists so that dsv4 can be tried and tested anywhere. It is not DeepS
 ## What it can do
 
 - find a fact in a text and answer a question about it, best about numbers (how long a text may be: the scores below);
-- follow a chain of variable assignments, and say which file of a few defines a function;
+- follow a chain of variable assignments;
 - hold a very short conversation: greet, say what it is, answer a few simple questions.
 
 ## What it cannot do
 
-- reason, calculate, summarise, translate, write code, follow instructions that it was not trained on;
+- say which of several files defines a function (the scores below), reason, calculate, summarise, translate, write
+  code, follow instructions that it was not trained on;
 - be relied upon: it mostly answers with a plausible wrong number rather than say that it did not find one, the more so
   the further a question's wording is from those it was trained on;
 - anything in a language but English.

@@ -16,7 +16,7 @@ from dsv4_engine.encoding import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 
 from . import dialogue, facts, filler
 from .corpus import Corpus
-from .facts import ANSWER, PROMPT, TEXT, Exchange, Fact, Piece, Pieces
+from .facts import ANSWER, PART, PROMPT, TEXT, Exchange, Fact, Piece, Pieces
 from .names import syllable_word
 
 CHARACTERS_A_TOKEN = 3.0
@@ -133,7 +133,8 @@ def file_name(rng: Random) -> str:
 def file_block(name: str, content: Sequence[Piece | Seam]) -> list[Piece | Seam]:
     """The layout of a file in `dsv4 run`."""
     return [
-        (f"[file name]: {name}\n[file content begin]\n", PROMPT), *content, ("\n[file content end]\n", PROMPT)
+        ("[file name]: ", PROMPT), (name, PART), ("\n[file content begin]\n", PROMPT), *content,
+        ("\n[file content end]\n", PROMPT),
     ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from . import episodes, facts, packing, tasks
 from .code_tree import CodeTree
 from .corpus import Corpus, Document
 from .episodes import Episode, Seam, Turn
-from .facts import ANSWER, PROMPT, TEXT, VALUE
+from .facts import PROMPT, SAID, TEXT, VALUE
 from .names import Attribute, draw_keys, draw_value, word_pair_key
 from .pools import Pools
 
@@ -134,7 +134,7 @@ def _sample(
     """The episode with held-out text at its seams, so that the n-th of what is hidden comes at the n-th of
     ``depths``."""
     ids, classes, seams = packing.classified(ground.tokenizer, episode)
-    answer = int(np.flatnonzero((classes == ANSWER) | (classes == VALUE))[0])
+    answer = int(np.flatnonzero(np.isin(classes, SAID))[0])
     missing = length - answer
     if missing < 0:
         raise ValueError(f"a question of {task} takes {answer} tokens, more than the {length} asked for")
@@ -167,7 +167,7 @@ def _code(rng: Random, ground: Ground, length: int) -> Sample:
     while True:
         episode = tasks.code_lookup(rng, ground.corpus, ground.tree, tokens, files=FILES, evaluation=True)
         ids, classes, _ = packing.classified(ground.tokenizer, episode)
-        answer = int(np.flatnonzero((classes == ANSWER) | (classes == VALUE))[0])
+        answer = int(np.flatnonzero(np.isin(classes, SAID))[0])
         if answer <= length:
             break
         tokens = tokens * 9 // 10

@@ -14,8 +14,10 @@ from .corpus import Corpus
 from .names import Attribute, draw_keys, draw_value, word_pair_key
 
 # Classes of text: running text; what nobody can predict (a key or value at its first mention); what a user writes;
-# what the assistant writes; and within that the value that was asked for.
-TEXT, NOISE, PROMPT, ANSWER, VALUE = range(5)
+# what the assistant writes; within that the value that was asked for; the name of a part (a file, a section) and a
+# thing in that part, neither of which is predicted; what an answer says of such a thing before it names the part.
+TEXT, NOISE, PROMPT, ANSWER, VALUE, PART, MEMBER, ASKED = range(8)
+SAID = (ANSWER, VALUE, ASKED)  # by the assistant
 Piece = tuple[str, int]
 Pieces = tuple[Piece, ...]
 

@@ -49,10 +49,11 @@ def policy_loss(
     r = exp(new - drawn) is how much more likely a token is now than when it was drawn, D = q - log q - 1 with
     q = exp(reference - new) estimates the divergence from the reference.
     """
-    ratio = (new_BT - drawn_BT).exp()
+    # Behind an answer's end nothing is known of the differences, and their exponentials may be infinite.
+    ratio = torch.where(mask_BT, new_BT - drawn_BT, 0.0).exp()
     advantage = advantage_B[:, None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    back = reference_BT - new_BT
+    back = torch.where(mask_BT, reference_BT - new_BT, 0.0)
     loss = -gain + kl * ratio * (back.exp() - back - 1)
     mask = mask_BT.float()
     return ((loss * mask).sum(1) / mask.sum(1)).mean()

@@ -28,7 +28,7 @@ RETRIES = 3  # rollbacks in a row without getting beyond the spike
 
 
 class Diverged(InputError):
-    """The loss spikes again and again at the same place."""
+    """The loss spikes again and again at the same place, or a gradient is no number."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Letters: B answers, S positions, T tokens of an answer, D hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from dsv4_engine.config import ModelConfig
 
 from .generation import Writer, Written
+from .guard import Diverged
 from .model import Mode, Network
 from .optimizer import Optimizer, clip_gradients
 from .parameters import working_weights
@@ -112,7 +114,8 @@ class Learner:
         """One step of the optimiser on all answers, in passes.
 
         loss(number of the pass, its answers, weights, hidden [B, T, D]) gives the pass' part of the loss and what else
-        is to be summed over the passes (no gradient).  Returns the sum of the latter and the gradient's norm.
+        is to be summed over the passes (no gradient).  Returns the sum of the latter and the gradient's norm.  Raises
+        Diverged, before parameters change, when the norm is no number.
         """
         total = torch.zeros((), device=self.device)
         parts = answers.parts(self.writing.passes)
@@ -124,6 +127,10 @@ class Learner:
             total = total + noted
         self._optimizer.scale.fill_(self.rate_scale(self._taken))
         norm = clip_gradients(self.parameters.values(), self._settings.clip)
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"step {self._taken + 1} has a gradient that is no number", "Lower the rates, or set another seed."
+            )
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._taken += 1

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .facts import ANSWER, NOISE, PROMPT, TEXT, VALUE
+from .facts import ANSWER, ASKED, MEMBER, NOISE, PART, PROMPT, TEXT, VALUE
 
 PIECE = 16384  # tokens whose logits are kept at a time
+NAMED = 12  # tokens of a part's name, its first ones
 
 
 def piece_losses(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ class ByClass:
         """classes: of the tokens that the losses are about; total: as in `mean`."""
         value = (classes_N == VALUE).float()
         text = (classes_N == TEXT).float() + prompt_weight * (classes_N == PROMPT).float()
-        return cls(*(mean(loss_N, weight, total) for weight in (text, (classes_N == ANSWER).float(), value)))
+        answer = ((classes_N == ANSWER) | (classes_N == ASKED)).float()
+        return cls(*(mean(loss_N, weight, total) for weight in (text, answer, value)))
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -81,3 +83,33 @@ def following(classes_BS: Tensor, document_BS: Tensor, by: int) -> Tensor:
     """Classes of the tokens ``by`` later, flat; NOISE where another document stands there, or nothing."""
     same = ahead(document_BS, by, -1) == document_BS
     return torch.where(same, ahead(classes_BS, by, NOISE), NOISE).flatten()
+
+
+def parts_of(ids_BS: Tensor, classes_BS: Tensor, document_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every position the tokens [B, S, NAMED] of a part's name, which of them there are for a thing (the last name
+    before it), and which for an answer that is about to give the name; none elsewhere."""
+    length = ids_BS.shape[1]
+    place = torch.arange(length, device=ids_BS.device)
+    is_part, is_value = classes_BS == PART, classes_BS == VALUE
+    opens_part = is_part & ~F.pad(is_part[:, :-1], (1, 0))
+    opens_value = is_value & ~F.pad(is_value[:, :-1], (1, 0))
+    last = torch.where(opens_part, place, -1).cummax(1).values
+    following = torch.where(opens_value, place, length).flip(1).cummin(1).values.flip(1)
+    asked = classes_BS == ASKED
+    start = torch.where(asked, following, last)
+    at = start[..., None] + torch.arange(NAMED, device=ids_BS.device)
+    flat = at.clamp(0, length - 1).flatten(1)
+    named = torch.where(asked[..., None], is_value.gather(1, flat).view_as(at), is_part.gather(1, flat).view_as(at))
+    there = named.long().cumprod(-1).bool() & (at >= 0) & (at < length)
+    shown = there & (document_BS.gather(1, flat).view_as(at) == document_BS[..., None])
+    member = (classes_BS == MEMBER)[..., None]
+    return ids_BS.gather(1, flat).view_as(at), shown & member, shown & asked[..., None]
+
+
+def binding_losses(hidden_ND: Tensor, head_VD: Tensor, names_NJ: Tensor, shown_NJ: Tensor) -> Tensor:
+    """Divergence (float32 [N]) of the tokens expected from a thing's hidden state from those of its part's name,
+    each of them alike; zero where no name is."""
+    logits = F.linear(hidden_ND, head_VD).float()
+    count = shown_NJ.sum(1)
+    wanted = (logits.gather(1, names_NJ) * shown_NJ).sum(1) / count.clamp_min(1)
+    return torch.where(count > 0, logits.logsumexp(-1) - wanted - count.clamp_min(1).log(), 0.0)

@@ -16,7 +16,7 @@ from . import filler
 from .code_tree import CodeTree
 from .corpus import Corpus, is_held_out
 from .episodes import Episode, Seam, Turn, chat, file_block
-from .facts import ANSWER, NOISE, PROMPT, TEXT, VALUE, Piece
+from .facts import ANSWER, ASKED, MEMBER, PART, PROMPT, TEXT, VALUE, Piece
 from .names import CITIES, digits, draw_keys, syllable_word
 from .tasks import CHARACTERS_A_TOKEN, CODE_ANSWER, CODE_QUESTIONS, path_of
 
@@ -26,7 +26,10 @@ FILES = 0.5  # share of documents whose parts are files with definitions
 @dataclass(frozen=True)
 class Wording:
     """How parts begin and end, how a thing stands in one, and what is asked and answered; {p} the part's name, {k} a
-    thing."""
+    thing, {n} a number that only the text tells.
+
+    The answer quotes the thing as it stands: copying it leads the model to the place where its part can be read off.
+    """
 
     begin: str
     item: str
@@ -36,19 +39,32 @@ class Wording:
 
 
 WORDINGS = (
-    Wording("Section {p}\n", "- {k}\n", "\n", ("Which section is {k} in?", "In which section is {k}?"),
-            "{k} is in section {p}."),
-    Wording("## {p}\n\n", "* {k}\n", "\n", ("Under which heading is {k}?", "Which heading does {k} stand under?"),
-            "{k} stands under {p}."),
-    Wording("In box {p} there are: ", "{k}, ", "and nothing else.\n", ("Which box is {k} in?", "Where is {k}?"),
-            "{k} is in box {p}."),
-    Wording("[{p}]\n", "{k} = yes\n", "\n", ("Which part has {k}?", "Which part is {k} in?"), "{k} is in {p}."),
-    Wording("{p} has ", "{k}; ", "that is all. ", ("Who has {k}?", "Which one has {k}?"), "{p} has {k}."),
+    Wording("Section {p}\n", "- {k}: {n}\n", "\n", ("Which section is {k} in?", "In which section is {k}?"),
+            "{k}: {n} is in section {p}."),
+    Wording("## {p}\n\n", "* {k} ({n})\n", "\n", ("Under which heading is {k}?", "Which heading does {k} stand under?"),
+            "{k} ({n}) stands under {p}."),
+    Wording("In box {p} there are: ", "{k} {n}, ", "and nothing else.\n", ("Which box is {k} in?", "Where is {k}?"),
+            "{k} {n} is in box {p}."),
+    Wording("[{p}]\n", "{k} = {n}\n", "\n", ("Which part has {k}?", "Which part is {k} in?"), "{k} = {n} is in {p}."),
+    Wording("{p} has ", "{k}, {n} of it; ", "that is all. ", ("Who has {k}?", "Which one has {k}?"),
+            "{k}, {n} of it, is with {p}."),
 )  # fmt: skip
 
 
-def grouped(rng: Random, corpus: Corpus, tree: CodeTree, tokens: int) -> Episode:
-    """Parts with things in them, and questions which part some of the things are in."""
+@dataclass(frozen=True)
+class Thing:
+    """tail: what follows it in the text, and only there: of a function its parameter, of another thing a number; text:
+    what stands before it; hint: whether the part's name stands behind it again."""
+
+    key: str
+    tail: str
+    text: str
+    hint: bool
+
+
+def grouped(rng: Random, corpus: Corpus, tree: CodeTree, tokens: int, hints: float = 0.0) -> Episode:
+    """Parts with things in them, and questions which part some of the things are in; behind a share of them the text
+    says it again."""
     questions = rng.randint(2, 6 if tokens <= 700 else 12 if tokens <= 3000 else 20)
     room = max(300, int((tokens - 40 * questions - 20) * CHARACTERS_A_TOKEN))
     files = rng.random() < FILES
@@ -61,21 +77,27 @@ def grouped(rng: Random, corpus: Corpus, tree: CodeTree, tokens: int) -> Episode
     gap = 0 if rng.random() < 0.3 else round(math.exp(rng.uniform(0, math.log(spare + 1))))
     names = _part_names(rng, corpus, tree, parts, files)
     keys = _function_names(rng, corpus, parts * things) if files else draw_keys(rng, corpus, parts * things, False)
+    tails = [rng.choice(corpus.words) if files else digits(rng, rng.randint(1, 4)) for _ in keys]
+    drawn = [
+        Thing(key, tail, _between(rng, corpus, gap, files), rng.random() < hints)
+        for key, tail in zip(keys, tails, strict=True)
+    ]
     wording = rng.choice(WORDINGS)
     opening: list[Piece | Seam] = [Seam()]
     for number, name in enumerate(names):
-        own = keys[number * things : (number + 1) * things]
-        between = [_between(rng, corpus, gap, files) for _ in own]
-        opening += _file(rng, corpus, name, own, between) if files else _section(wording, name, own, between)
+        own = drawn[number * things : (number + 1) * things]
+        opening += _file(rng, corpus, name, own) if files else _section(wording, name, own)
     asked = rng.sample(range(len(keys)), min(questions, len(keys)))
     turns = []
     for place, which in enumerate(asked):
-        key, name = keys[which], names[which // things]
+        key, tail, name = keys[which], tails[which], names[which // things]
         template = rng.choice(CODE_QUESTIONS if files else wording.questions)
         question = template.replace("{f}", key).replace("{k}", key)
-        said = CODE_ANSWER.replace("{f}", key) if files else wording.answer.replace("{k}", key)
-        before, after = said.split("{p}")
-        answer = tuple(piece for piece in ((before, ANSWER), (name, VALUE), (after, ANSWER)) if piece[0])
+        said = CODE_ANSWER.replace("{f}", f"{key}({tail})") if files else wording.answer
+        before, after = said.replace("{k}", key).replace("{n}", tail).split("{p}")
+        lead, rest = before.split(key, 1)
+        pieces = ((lead, ANSWER), (key + rest, ASKED), (name, VALUE), (after, ANSWER))
+        answer = tuple(piece for piece in pieces if piece[0])
         turns.append(Turn([*(opening if place == 0 else []), (question, PROMPT)], answer))
     return Episode(chat(turns))
 
@@ -97,23 +119,25 @@ def _between(rng: Random, corpus: Corpus, characters: int, code: bool) -> str:
     return text[:end]
 
 
-def _section(wording: Wording, name: str, keys: list[str], between: list[str]) -> list[Piece | Seam]:
+def _section(wording: Wording, name: str, things: list[Thing]) -> list[Piece | Seam]:
     before, after = wording.begin.split("{p}")
-    pieces: list[Piece] = [(before, TEXT), (name, NOISE), (after, TEXT)]
-    for key, text in zip(keys, between, strict=True):
-        left, right = wording.item.split("{k}")
-        pieces += [(text, TEXT), (left, TEXT), (key, NOISE), (right, TEXT)]
+    pieces: list[Piece] = [(before, TEXT), (name, PART), (after, TEXT)]
+    for thing in things:
+        left, right = wording.item.replace("{n}", thing.tail).split("{k}")
+        pieces += [(thing.text, TEXT), (left, TEXT), (thing.key, MEMBER), (right, MEMBER)]
+        pieces += [("(still in ", TEXT), (name, VALUE), (")\n", TEXT)] * thing.hint
     pieces.append((wording.end, TEXT))
     return [piece for piece in pieces if piece[0]]
 
 
-def _file(rng: Random, corpus: Corpus, name: str, keys: list[str], between: list[str]) -> list[Piece | Seam]:
+def _file(rng: Random, corpus: Corpus, name: str, things: list[Thing]) -> list[Piece | Seam]:
     """Functions as `dsv4 run --file` shows a file."""
     pieces: list[Piece] = []
-    for key, text in zip(keys, between, strict=True):
-        a, b = rng.choice(corpus.words), rng.choice(corpus.words)
+    for thing in things:
+        a, b = thing.tail, rng.choice(corpus.words)
         line = f"    return {a} + {rng.randint(0, 99)}\n" if rng.random() < 0.5 else f"    {a} = {b}({a})\n"
-        pieces += [(text, TEXT), ("def ", TEXT), (key, NOISE), (f"({a}):\n", TEXT), (line, TEXT)]
+        pieces += [(thing.text, TEXT), ("def ", TEXT), (thing.key, MEMBER), (f"({a}):\n", MEMBER), (line, TEXT)]
+        pieces += [("    # in ", TEXT), (name, VALUE), ("\n", TEXT)] * thing.hint
     return file_block(name, [(text.rstrip("\n") if i == len(pieces) - 1 else text, kind)
                              for i, (text, kind) in enumerate(pieces) if text])  # fmt: skip
 

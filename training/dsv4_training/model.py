@@ -31,18 +31,23 @@ GATHER_FROM = 16
 
 @dataclass(frozen=True)
 class Mode:
-    """What a forward pass emulates: ``quantised`` storage and activations, ``sparse`` selection of entries."""
+    """What a forward pass emulates: ``quantised`` storage and activations, ``sparse`` selection of entries.
+
+    early: layers whose outcome is read as the last one's would be.
+    """
 
     quantised: bool = False
     sparse: bool = False
     mtp: bool = False
     recompute: bool = False
     dtype: torch.dtype = torch.bfloat16
+    early: tuple[int, ...] = ()
 
 
 @dataclass
 class Output:
-    """hidden [N, D] before the head; the MTP block's [N, D] or None; the mean of the indexers' losses.
+    """hidden [N, D] before the head; the MTP block's [N, D] or None; those behind the layers ``mode.early``;
+    the mean of the indexers' losses.
 
     recall: [of the true top k, of the attention's mass], mean over the indexers (1 where none was asked for); balance:
     mean of the sequence balance losses; loads [E] (share of tokens), chosen [N, K]: by block.
@@ -50,6 +55,7 @@ class Output:
 
     hidden: Tensor
     mtp_hidden: Tensor | None
+    early: list[Tensor]
     index_loss: Tensor
     recall: Tensor
     balance: Tensor
@@ -107,10 +113,12 @@ class Network:
             layout = Layout.whole(batch, length, self.frequencies(ids.device))
         run = Pass(w, ids, layout, mode, index_rows_BQ, routes or {}, pieces_of(batch, length))
         x = F.embedding(ids, w["embed.weight"]).to(mode.dtype)[:, None].expand(-1, config.hc_mult, -1).contiguous()
-        blocks = []
+        blocks, early = [], []
         for layer, ratio in enumerate(config.compress_ratios):
             x, left = self._block(run, f"layers.{layer}", ratio, x)
             blocks.append((f"layers.{layer}", left))
+            if layer in mode.early:
+                early.append(self._head(run, "", x))
         hidden = self._head(run, "", x)
         mtp_hidden = None
         if mode.mtp and config.num_nextn_predict_layers:
@@ -128,6 +136,7 @@ class Network:
         return Output(
             hidden,
             mtp_hidden,
+            early,
             torch.stack([left[3] for left in indexed]).mean() if indexed else zero,
             torch.stack([left[4] for left in indexed]).mean(0) if indexed else zero.new_ones(2),
             torch.stack([left[2] for _, left in blocks]).mean(),

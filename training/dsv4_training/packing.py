@@ -23,7 +23,7 @@ from . import episodes, membership, tasks
 from .code_tree import CodeTree
 from .corpus import Corpus
 from .episodes import Episode, Part, Seam, Special
-from .facts import ANSWER, NOISE, TEXT, VALUE
+from .facts import ANSWER, ASKED, NOISE, TEXT, VALUE
 from .pools import Pools
 from .recipe import BLOCK, Data, Recipe, Stage
 
@@ -112,7 +112,7 @@ def draw_episode(rng: Random, source: Source, data: Data, stage: Stage, tokens: 
     if kind == "text":
         return episodes.plain_text(rng, corpus, written)
     if kind == "grouped":
-        return membership.grouped(rng, corpus, source.tree, written)
+        return membership.grouped(rng, corpus, source.tree, written, stage.hints)
     if kind == "many_keys":
         return tasks.many_keys(rng, corpus, written)
     if kind == "tracking":
@@ -189,7 +189,7 @@ def _sequence(
 def _rows(classes: Array, noise: Array, count: int) -> Array:
     """Positions for the indexer's loss: those before answers and values first, the rest at random."""
     following = np.roll(classes, -1, 1)
-    score = noise + 2 * (following == VALUE) + (following == ANSWER)
+    score = noise + 2 * (following == VALUE) + ((following == ANSWER) | (following == ASKED))
     return np.argpartition(-score, count - 1, 1)[:, :count].astype(np.int32)
 
 

@@ -19,7 +19,7 @@ from dsv4_engine.encoding import END_THINK, EOS
 
 from . import packing
 from .episodes import Part, Seam, Special
-from .facts import ANSWER, VALUE
+from .facts import SAID, VALUE
 from .packing import Source
 from .recipe import Data, RecipeError, Stage
 
@@ -72,7 +72,7 @@ def draw_question(
 
 def answers(ids: Array, classes: Array) -> list[slice]:
     """Where answers stand that hold a value and end with the end token."""
-    said = np.concatenate([[False], (classes == ANSWER) | (classes == VALUE), [False]])
+    said = np.concatenate([[False], np.isin(classes, SAID), [False]])
     edges = np.flatnonzero(said[1:] != said[:-1])
     spans = [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     return [s for s in spans if ids[s.stop - 1] == END and (classes[s] == VALUE).any()]
@@ -87,7 +87,7 @@ def values(parts: Iterable[Part]) -> list[tuple[str, ...]]:
                 out.append(tuple(dict.fromkeys(said)))
             said = said if part.trained and part.token != EOS else []
         elif not isinstance(part, Seam) and part[0]:
-            said = [*said, part[0]] if part[1] == VALUE else said if part[1] == ANSWER else []
+            said = [*said, part[0]] if part[1] == VALUE else said if part[1] in SAID else []
     return out
 
 

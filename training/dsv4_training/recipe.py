@@ -23,6 +23,7 @@ from dsv4_engine.errors import InputError
 RECIPES = Path(__file__).parent / "recipes"
 BLOCK = 128  # documents begin at multiples of it, so that no compressed entry mixes two
 ATTENTION = ("dense", "warmup", "sparse")
+EARLY = (1, 3)  # layers behind which things are to know their part, and answers the part of a thing
 OPTIMISERS = ("muon", "adamw")
 CODE_SOURCES = ("bundled", "stdlib")
 
@@ -158,7 +159,8 @@ class Stage:
     full: share of documents that fill the sequence; many, some, few: shares of documents by number of facts; jumps:
     share of documents with jumps of position, which end before position ``farthest``; index_rows: queries a step on
     which the indexer is taught; recompute: blocks keep their inputs only (memory for time); rate: times the optimiser's
-    rates; data: where it is other than the recipe's.
+    rates; binding: weight of the loss that ties things to the part they are in; hints: share of such things behind
+    which the part's name stands again; data: where it is other than the recipe's.
     """
 
     name: str
@@ -178,6 +180,8 @@ class Stage:
     index_rows: int = 2048
     recompute: bool = False
     rate: float = 1.0
+    binding: float = 0.0
+    hints: float = 0.0
     data: Data | None = None
 
     @property
@@ -327,6 +331,12 @@ def check(recipe: Recipe) -> None:
         need(stage.attention in ATTENTION, f"{at}: attention {stage.attention!r}", f"One of {', '.join(ATTENTION)}.")
         need(stage.steps > 0, f"{at}: {stage.steps} steps", "At least 1.")
         need(stage.rate > 0, f"{at}: rate {stage.rate:g}", "Above 0; 1 leaves the optimiser's rates as they are.")
+        need(0 <= stage.hints <= 1, f"{at}: hints {stage.hints:g}", "A share, from 0 to 1.")
+        need(
+            stage.binding == 0 or (stage.binding > 0 and len(recipe.model.compress_ratios) > max(EARLY)),
+            f"{at}: binding {stage.binding:g} with {len(recipe.model.compress_ratios)} layers",
+            f"At least 0, and above 0 in a model of more than {max(EARLY)} layers only.",
+        )
         need(
             stage.shortest <= stage.length,
             f"{at}: shortest {stage.shortest} is longer than its sequences",

@@ -6,6 +6,7 @@ code of evaluation are never trained on (names.is_held_out by name).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from random import Random
 
@@ -13,7 +14,7 @@ from . import episodes, filler
 from .code_tree import CodeTree, SourceFile, excerpt
 from .corpus import Corpus, is_held_out
 from .episodes import Episode, Part, Seam, Special, Turn, chat, file_block
-from .facts import ANSWER, NOISE, PROMPT, RULER_STATEMENT, TEXT, VALUE, Fact, Piece, Pieces
+from .facts import ANSWER, ASKED, MEMBER, NOISE, PROMPT, RULER_STATEMENT, TEXT, VALUE, Fact, Piece, Pieces
 from .names import Attribute, digits, draw_value, syllable_word, word_pair_key
 
 RULER_TRACKING = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
@@ -38,7 +39,9 @@ CODE_QUESTIONS = (
     "In which file is the function {f} defined?", "Which file defines {f}()?", "Which file contains def {f}?",
     "Which file is the function {f} in?", "Find the file that defines {f}.", "where is the function {f}",
 )  # fmt: skip
-CODE_ANSWER = "The function {f} is defined in {p}."
+# The definition as it stands, and then its file: copying it leads to the place where the file can be read off.
+CODE_ANSWER = "def {f} is in {p}."
+_SIGNATURE = re.compile(r"(?<=def )(\w+\([^)\n]*\)?)")
 CHARACTERS_A_TOKEN = 3.0
 
 
@@ -249,23 +252,30 @@ def code_lookup(
         shown.append(SourceFile(file.path if evaluation else path_of(rng, corpus, file.path), part.text))
     parts: list[Piece | Seam] = []
     for file in shown:
-        parts += file_block(file.path, [(file.text.rstrip("\n"), TEXT)])
+        parts += file_block(file.path, _definitions(file.text.rstrip("\n")))
     if not evaluation:
         parts.insert(0, Seam())  # more text before the files
     return Episode(chat(_code_turns(rng, shown, parts, questions, evaluation)))
 
 
+def _definitions(text: str) -> list[Piece]:
+    """The text with what it defines as pieces of their own."""
+    return [(piece, MEMBER if number % 2 else TEXT) for number, piece in enumerate(_SIGNATURE.split(text)) if piece]
+
+
 def _code_turns(
     rng: Random, shown: list[SourceFile], opening: list[Piece | Seam], questions: int, evaluation: bool
 ) -> list[Turn]:
-    defined = [(name, file.path) for file in shown for name in file.functions()]
-    unique = [pair for pair in defined if sum(f"def {pair[0]}(" in file.text for file in shown) == 1]
+    defined = [(name, file) for file in shown for name in file.functions()]
+    unique = [(name, its) for name, its in defined if sum(f"def {name}(" in file.text for file in shown) == 1]
     if not unique:
         unique = defined[:1]
     turns = []
-    for number, (function, path) in enumerate(rng.sample(unique, min(questions, len(unique)))):
+    for number, (function, file) in enumerate(rng.sample(unique, min(questions, len(unique)))):
         template = CODE_QUESTIONS[0] if evaluation else rng.choice(CODE_QUESTIONS)
-        before, after = CODE_ANSWER.format(f=function, p="\0").split("\0")
-        answer: Pieces = ((before, ANSWER), (path, VALUE), (after, ANSWER))
+        quoted = next(s for s in _SIGNATURE.findall(file.text) if s.startswith(f"{function}("))
+        before, after = CODE_ANSWER.format(f=quoted, p="\0").split("\0")
+        lead, rest = before.split(function, 1)
+        answer: Pieces = ((lead, ANSWER), (function + rest, ASKED), (file.path, VALUE), (after, ANSWER))
         turns.append(Turn([*(opening if number == 0 else []), (template.format(f=function), PROMPT)], answer))
     return turns

@@ -31,13 +31,13 @@ from .model import Mode, Network
 from .optimizer import Optimizer, clip_gradients
 from .packing import Batch
 from .parameters import working_weights
-from .recipe import Recipe, Stage
+from .recipe import EARLY, Recipe, Stage
 
 log = logging.getLogger(__name__)
 
 MEASURES = (
     "loss", "text", "answer", "value", "right", "index_loss", "recall", "mass", "mtp", "accepted", "balance",
-    "grad_norm",
+    "binding", "finding", "grad_norm",
 )  # fmt: skip
 REPORT_EVERY = 10.0  # seconds between two lines of the log
 HOST_AHEAD = 8  # steps that the host may be ahead of the GPU
@@ -211,7 +211,8 @@ class Trainer:
     def _line(self, record: Record, gone: float) -> str:
         """Time left at this stage's pace: a token of a later stage is taken to cost what one costs now."""
         left = (self._all_tokens - record["tokens"]) / self.recipe.stage(record["step"] - 1).tokens * record["ms"] / 1e3
-        parts = [f"{name} {record[name]:.3f}" for name in ("text", "value", "right", "recall", "mass", "accepted")]
+        names = ("text", "value", "right", "recall", "mass", "accepted", "binding", "finding")
+        parts = [f"{name} {record[name]:.3f}" for name in names]
         return (
             f"step {record['step']}/{self.recipe.steps} {record['stage']} ({record['length']:,})  {'  '.join(parts)}  "
             f"{record['ms']:.1f} ms a step, {gone / 60:.1f} min gone, about {left / 60:.1f} left"
@@ -247,7 +248,8 @@ class Trainer:
         self, form: Form, ids: Tensor, classes: Tensor, start: Tensor, place: Tensor, rows: Tensor
     ) -> Tensor:
         stage, weigh = form.stage, self.recipe.losses
-        mode = Mode(stage.quantised, stage.attention == "sparse", stage.mtp > 0, stage.recompute, self._dtype)
+        early = EARLY if stage.binding else ()
+        mode = Mode(stage.quantised, stage.attention == "sparse", stage.mtp > 0, stage.recompute, self._dtype, early)
         layout = Layout.of(start, place, self.network.frequencies(self.device))
         weights = working_weights(self.parameters, mode.quantised, mode.dtype)
         routes = self._older_routes(ids, mode, layout) if form.anticipated else None
@@ -274,6 +276,17 @@ class Trainer:
             # The model's own choice one position later is what a drafted token must equal.
             own = self._next_choice(best, ids)
             accepted = losses.mean((best2 == own).float(), (kinds2 != losses.NOISE).float(), over)
+        binding = finding = main.new_zeros(())
+        if output.early:
+            names, *shown = (
+                torch.stack([self._own(x) for x in part.unbind(-1)], -1)
+                for part in losses.parts_of(ids, classes, document)
+            )
+            binding, finding = (
+                losses.mean(losses.binding_losses(hidden, head, names, there), there.any(1).float(), over)
+                for hidden, there in zip(output.early, shown, strict=True)
+            )
+            total = total + stage.binding * (binding + finding)
         total.backward()
         self._share_gradients()
         norm = clip_gradients(self.parameters.values(), self.recipe.optimiser.clip)
@@ -282,7 +295,7 @@ class Trainer:
         self._balance(output.loads)
         measures = (
             main, mean.text, mean.answer, mean.value, right, output.index_loss, output.recall[0], output.recall[1], mtp,
-            accepted, output.balance, norm,
+            accepted, output.balance, binding, finding, norm,
         )  # fmt: skip
         return self._shared(torch.stack([x.detach().float() for x in measures]))
 
