@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'dsv4
 
 from dsv4_engine.offload.layout import ExpertLayout
 from dsv4_engine.offload.policy import HALF_LIFE, Slots
-from dsv4_kernels.triton.moe_fetch import Held, fetch, place
+from dsv4_kernels.triton import moe_fetch
+from dsv4_kernels.triton.moe_fetch import Held, fetch, fetch_ahead, place, propose
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TOPK = 6
@@ -53,7 +54,7 @@ def test_the_choices_are_the_hosts(device: str, number: int, skewed: bool) -> No
             place(held, layer, chosen.int()[None].to(device), HALF_LIFE)
             chosen_by(slots, layer, chosen.tolist())
             assert np.array_equal(slots.slot_of, held.slot_of.cpu().numpy())
-    assert held.usage.tolist() == [hits, turns * layers * TOPK - hits]
+    assert held.usage.tolist() == [hits, turns * layers * TOPK - hits, 0, 0]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -64,32 +65,64 @@ def test_an_expert_that_is_chosen_twice_takes_one_slot(device: str) -> None:
         place(held, layer, torch.tensor([experts], dtype=torch.int32, device=device), HALF_LIFE)
         chosen_by(slots, layer, sorted(set(experts)), [experts.count(e) for e in sorted(set(experts))])
         assert np.array_equal(slots.slot_of, held.slot_of.cpu().numpy())
-    assert held.usage.tolist() == [2, 8]  # the 5 and, at last, the 3
+    assert held.usage.tolist() == [2, 8, 0, 0]  # the 5 and, at last, the 3
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("form", ["fp4", "fp8"])
-def test_every_byte_arrives(device: str, form: str) -> None:
+def test_every_byte_arrives(device: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses of the next layer are right or wrong, what was begun ahead has come before the choice is known, has not
+    begun, or has come half.
+    """
     sizes = (4096, 2048) if device == "cuda" else (128, 256)
+    monkeypatch.setattr(moe_fetch, "CHUNK", 8192 if device == "cuda" else 512)
     dtype = torch.int8 if form == "fp4" else torch.float8_e4m3fn
-    layers, experts, number = 2, 12, 9
+    layers, experts, number = 3, 12, 16
     layout = ExpertLayout(form, dtype, *sizes)  # type: ignore[arg-type]
     memory, pool = layout.pool(layers * experts, pinned=device == "cuda"), layout.pool(number, device)
     generator = torch.Generator().manual_seed(0)
     for tensor in memory.tensors.values():
         tensor.view(torch.uint8).random_(0, 256, generator=generator)
     source_of = torch.randperm(layers * experts, generator=generator).int().view(layers, experts)
-    held = Held.empty(layers, experts, number, torch.device(device))
-    for turn in range(6):
-        layer = turn % layers
-        chosen = torch.randperm(experts, generator=generator)[:TOPK].int()
-        place(held, layer, chosen[None].to(device), HALF_LIFE)
-        fetch(held, layer, source_of.to(device), memory.tensors, pool.tensors)
-        for i, who in enumerate(held.held.tolist()):
+    places, held = source_of.to(device), Held.empty(layers, experts, number, torch.device(device))
+    tensors, right, wrong, begun = (places, memory.tensors, pool.tensors), 0, 0, False
+
+    def some() -> torch.Tensor:
+        return torch.randperm(experts, generator=generator)[:TOPK].int()[None].to(device)
+
+    chosen = some()
+    for turn in range(24):
+        layer, when = turn % layers, turn % 4
+        number_ahead = int(held.ahead[layer, 1]) if begun else -1
+        known = number_ahead - layer * experts in chosen[0].tolist()
+        if begun and when == 0:
+            fetch_ahead(held, layer, *tensors)
+        if begun and when == 1:  # has come half, and goes on from there
+            parts = list(moe_fetch._parts(memory.tensors, pool.tensors))
+            parts[8] //= 2
+            moe_fetch._fetch_ahead[moe_fetch._programs(held)](
+                held.ahead[layer], places, *parts, CHUNK=moe_fetch.CHUNK, num_warps=8
+            )
+        place(held, layer, chosen, HALF_LIFE, begun)
+        fetch(held, *tensors)
+        if begun and when > 0:
+            fetch_ahead(held, layer, *tensors)
+        right, wrong = right + (begun and known), wrong + (number_ahead >= 0 and not known)
+        assert held.usage.tolist()[2:] == [right + wrong, right]
+        assert set((layer * experts + chosen[0]).tolist()) <= set(held.held.tolist())
+        for slot, who in enumerate(held.held.tolist()):
             for name, tensor in pool.tensors.items():
                 source = memory.tensors[name][int(source_of.view(-1)[who])]
-                assert who < 0 or torch.equal(tensor[i].view(torch.uint8).cpu(), source.view(torch.uint8))
-        assert set((layer * experts + chosen).tolist()) <= set(held.held.tolist())
+                assert who < 0 or torch.equal(tensor[slot].view(torch.uint8).cpu(), source.view(torch.uint8))
+        assert sorted(held.slot_of[held.slot_of >= 0].tolist()) == torch.nonzero(held.held >= 0)[:, 0].tolist()
+        there, likely, begun = held.slot_of[layer].clone(), some(), layer + 1 < layers
+        if begun:
+            propose(held, layer + 1, likely, chosen)
+            absent = [e for e in likely[0].tolist() if held.slot_of[layer + 1, e] < 0]
+            assert held.ahead[layer + 1, :2].tolist() == [0, (layer + 1) * experts + absent[0] if absent else -1]
+            assert torch.equal(there[chosen[0].long()], held.slot_of[layer, chosen[0].long()])  # computed meanwhile
+        chosen = some() if turn % 5 < 3 else likely
+    assert right > 2 < wrong
 
 
 def test_what_does_not_fit_is_refused() -> None:
