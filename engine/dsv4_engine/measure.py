@@ -15,6 +15,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dsv4_engine import token_step
@@ -295,7 +296,7 @@ def _watched() -> Iterable[tuple[type, str, str]]:
         (token_step._Streams, "read", "mHC"),
         (token_step._Attention, "forward", "projections"),
         (token_step._Attention, "_attend", "core attention"),
-        (token_step._Attention, "_entries", "core attention"),
+        (token_step._Attention, "_rows", "core attention"),
         (token_step._Compressor, "advance", "compressors"),
         (token_step._Indexer, "select", "indexer"),
         (token_step._Experts, "forward", "experts"),
@@ -325,7 +326,7 @@ def fit_cache(
 
 
 def allocated_bytes(session: Session) -> int:
-    """Bytes of the memory behind every tensor that a session's state reaches, each piece of memory once."""
+    """Bytes of the memory behind every tensor and array that a session's state reaches, each piece of memory once."""
     sizes: dict[int, int] = {}
     seen: set[int] = set()
     left: list[Any] = [session.state]
@@ -337,6 +338,11 @@ def allocated_bytes(session: Session) -> int:
         if isinstance(thing, torch.Tensor):
             memory = thing.untyped_storage()
             sizes[memory.data_ptr()] = memory.nbytes()
+        elif isinstance(thing, np.ndarray):
+            if thing.base is None:
+                sizes[thing.ctypes.data] = thing.nbytes
+            else:
+                left.append(thing.base)
         elif isinstance(thing, (list, tuple)):
             left.extend(thing)
         elif isinstance(thing, dict):

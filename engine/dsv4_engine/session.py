@@ -21,7 +21,7 @@ from .model import Model
 from .state import SequenceState
 
 if TYPE_CHECKING:
-    from .token_step import TokenStep
+    from .token_step import Floats, TokenStep
 
 Progress = Callable[[int, int], None]
 FEW_TOKENS = 8
@@ -126,12 +126,12 @@ class Session:
         """`extend` by one token of a small model, where a few operations on tensors, or entering a mode, are felt."""
         assert self._step is not None
         self._check(token, token, 1)
-        streams = self._advance(token)
+        streams_JD = self._step_by(token)
         self._took([token])
-        result = torch.empty(0) if logits == "none" else self._step.logits(streams)
+        result = torch.empty(0) if logits == "none" else torch.from_numpy(self._step.logits(streams_JD))
         if progress is not None:
             progress(1, 1)
-        return result.view(-1) if logits in ("last", "device") else result
+        return result[None] if logits == "all" else result
 
     def retrace(self, tokens: Sequence[int], cuts: Sequence[int], progress: Progress | None = None) -> None:
         """Become what a session is that holds ``tokens`` and was cut at ``cuts``, of which this one holds a beginning.
@@ -186,18 +186,15 @@ class Session:
             if self.on_chunk is not None:
                 self.on_chunk(self)
 
-    def _advance(self, part: Tensor | int) -> Tensor:
-        """part: token ids [S], or the one id that a step takes."""
+    def _advance(self, part: Tensor) -> Tensor:
+        """Token ids [S] -> their streams [S, J, D]."""
+        if self._step is not None and len(part) == 1:
+            return torch.from_numpy(self._step_by(int(part[0])))[None]
         self._state.save()
         threads = torch.get_num_threads()
-        if self._step is not None and (isinstance(part, int) or len(part) <= FEW_TOKENS):
+        if self._step is not None and len(part) <= FEW_TOKENS:
             torch.set_num_threads(1)
         try:
-            if isinstance(part, int):
-                assert self._step is not None
-                return self._step.forward(part, self._state)
-            if self._step is not None and len(part) == 1:
-                return self._step.forward(int(part[0]), self._state)
             return self._model.forward(part, self._state)
         except BaseException:  # also Ctrl-C: half-advanced layers must not be continued from
             self._state.restore()
@@ -205,9 +202,19 @@ class Session:
         finally:
             torch.set_num_threads(threads)
 
+    def _step_by(self, token: int) -> Floats:
+        """`_advance` by one token of a small model: its streams [J, D]."""
+        assert self._step is not None
+        self._state.save()
+        try:
+            return self._step.forward(token, self._state)
+        except BaseException:
+            self._state.restore()
+            raise
+
     def _logits(self, streams: Tensor, there: bool = False) -> Tensor:
         if self._step is not None and streams.shape[0] == 1:
-            return self._step.logits(streams)
+            return torch.from_numpy(self._step.logits(streams[0].numpy()))[None]
         logits = self._model.logits(streams)
         if there or not logits.is_cuda or logits.shape[0] > 1:
             return logits if there else logits.cpu()

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv4_kernels.rounding import hadamard, round_fp4
@@ -26,6 +28,7 @@ SEGMENT_ROWS = 2048
 GPU_SEGMENT_ROWS = 32_768  # every segment costs a read some launches, which a GPU feels more than the reserve
 FIRST_ROWS = 64
 CPU = torch.device("cpu")
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Rows:
         self._segment_rows = SEGMENT_ROWS if device.type == "cpu" else GPU_SEGMENT_ROWS
         self._full: tuple[Tensor, ...] = ()
         self._tail: Tensor | None = None
+        self._tail_array: Floats | None = None  # the same memory, where it holds float32 on the host
         self._tail_rows = 0
         self._count = 0
         self._ahead = 0  # rows behind the last one that are known already (see `known`)
@@ -141,6 +145,10 @@ class Rows:
             out[first - start : first - start + part.shape[0]] = self.fmt.decode(part)
         return out
 
+    def in_place(self) -> Floats | None:
+        """All rows where they are stored, [N, C], if as one piece of float32 on the host.  Not to be written to."""
+        return None if self._tail_array is None or self._full else self._tail_array[: self._count]
+
     def stored(self, start: int, end: int) -> list[Tensor]:
         """Rows [start, end) as they are stored, in order, in tensors [n, ...] that must not be written to."""
         return [part for _, part in self._slices(start, end)]
@@ -167,7 +175,7 @@ class Rows:
         """Give up the reserve behind the last row, so that copies made from now on share no memory that is written."""
         if self._tail is not None and self._tail_rows:
             self._full = (*self._full, self._tail[: self._tail_rows])
-        self._tail, self._tail_rows = None, 0
+        self._tail, self._tail_array, self._tail_rows = None, None, 0
 
     def _grow(self, rows: int, like: Tensor) -> None:
         size = FIRST_ROWS
@@ -177,6 +185,7 @@ class Rows:
         if self._tail is not None:
             grown[: self._tail_rows] = self._tail[: self._tail_rows]
         self._tail = grown
+        self._tail_array = grown.numpy() if self.fmt.kind == "fp32" and grown.device.type == "cpu" else None
 
     def _slices(self, start: int, end: int) -> list[tuple[int, Tensor]]:
         if not self._full and self._tail is not None and start < end <= self._tail_rows:
@@ -199,8 +208,17 @@ class BlockState:
     position bias added; None without overlap.
     """
 
-    pending: Tensor
+    pending_rows: Tensor | Floats  # an array where a step of one token left it: a tensor costs such a step too much
     previous: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def pending(self) -> Tensor:
+        self.pending_rows = _tensor(self.pending_rows)
+        return self.pending_rows
+
+    @pending.setter
+    def pending(self, rows: Tensor) -> None:
+        self.pending_rows = rows
 
     @classmethod
     def empty(cls, ratio: int, channels: int, overlap: bool, device: torch.device = CPU) -> BlockState:
@@ -214,20 +232,29 @@ class BlockState:
 class LayerState:
     """One layer's state.  window: float32 values of at most sliding_window - 1 past rows [.., C]."""
 
-    window: Tensor
+    window_rows: Tensor | Floats  # an array as in BlockState
     block: BlockState | None = None
     entries: Rows | None = None
     index_block: BlockState | None = None
     index_keys: Rows | None = None
 
+    @property
+    def window(self) -> Tensor:
+        self.window_rows = _tensor(self.window_rows)
+        return self.window_rows
+
+    @window.setter
+    def window(self, rows: Tensor) -> None:
+        self.window_rows = rows
+
     def mark(self) -> LayerState:
         """This state as it is now: it stays so while this one goes on.  Only one of the two may go on (else `fork`)."""
         block, index_block = self.block, self.index_block
         return LayerState(
-            self.window,
-            block and BlockState(block.pending, block.previous),
+            self.window_rows,
+            block and BlockState(block.pending_rows, block.previous),
             copy(self.entries),
-            index_block and BlockState(index_block.pending, index_block.previous),
+            index_block and BlockState(index_block.pending_rows, index_block.previous),
             copy(self.index_keys),
         )
 
@@ -244,6 +271,10 @@ class LayerState:
         tensors = [t for b in blocks for t in (b.pending, *(b.previous or ()))]
         rows = [r for r in (self.entries, self.index_keys) if r is not None]
         return self.window.nbytes + sum(t.nbytes for t in tensors) + sum(r.nbytes for r in rows)
+
+
+def _tensor(rows: Tensor | Floats) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
 
 
 class Version:

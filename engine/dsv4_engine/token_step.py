@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dsv4_kernels import one_token as np1
 from dsv4_kernels.one_token import Floats, Turns
@@ -29,13 +28,14 @@ from .token_step_arrays import Arena, Growing, Matrix, Phases, SameInput
 
 
 class _Position:
-    """What every layer derives from the position: RoPE phases by compress ratio (complex64 [C / 2])."""
+    """What every layer derives from the position: RoPE phases by compress ratio, forwards and back
+    (complex64 [C / 2])."""
 
     def __init__(self, token_id: int, position: int, phases: Phases, head_dim: int) -> None:
         self.token_id, self.position, self._phases = token_id, position, phases
-        (window, back_window), (compress, back_compress) = phases.of(position, head_dim)
-        self.phases = {0: window, 4: compress, 128: compress}
-        self.back_phases = {0: back_window, 4: back_compress, 128: back_compress}
+        window, compress = phases.of(position, head_dim)
+        turns: tuple[Turns, Turns] = (*compress,)
+        self.phases = {0: (*window,), 4: turns, 128: turns}
 
     def of_index(self, channels: int) -> Turns:
         """Phases of index queries."""
@@ -61,42 +61,44 @@ class _Attention:
         wo_a = arena.copy(attention.wo_a.data)
         self.wo_a_GOI, self.wo_b = wo_a.reshape(self.config.o_groups, -1, wo_a.shape[1]), Matrix(arena, attention.wo_b)
         self.q_norm, self.kv_norm = arena.copy(attention.q_norm), arena.copy(attention.kv_norm)
-        self.sink_H = arena.copy(attention.sink)
         # Query heads have norm head_dim^1/2 and scores a factor of head_dim^-1/2; behind them comes the window row.
         self.scales = np.ones(self.config.num_attention_heads + 1, np.float32)
         self.scales[-1] = self.config.head_dim**0.5
         # A row's norm, which is the most that a score can be: head_dim^1/2 times the largest weight of its norm.
         weights = [attention.kv_norm, *([attention.compressor.norm] if attention.compressor else [])]
         largest = 1.1 * self.config.head_dim**0.5 * max(float(weight.abs().max()) for weight in weights)
-        self.bounded = max(largest, float(attention.sink.abs().max())) < np1.SAFE_EXPONENT
+        self.sink = np1.Sink(arena.copy(attention.sink), max(largest, float(attention.sink.abs().max())))
 
-    def forward(self, u_D: Floats, at: _Position, state: LayerState) -> Floats:
-        config, eps = self.config, self.config.rms_norm_eps
+    def forward(self, u_D: Floats, at: _Position, state: LayerState, out_D: Floats) -> None:
+        config, eps, (turn, back) = self.config, self.config.rms_norm_eps, at.phases[self.ratio]
         both, *others = self.of_input(u_D)
         qr_L = np1.rms_norm(both[: config.q_lora_rank], self.q_norm, eps)
         rows = np.empty((config.num_attention_heads + 1, config.head_dim), np.float32)  # queries, and the window row
-        self.wq_b(qr_L, rows[:-1].reshape(-1))
-        rows[-1] = both[config.q_lora_rank :]
+        q_HC, row_1C = rows[:-1], rows[-1:]
+        self.wq_b(qr_L, q_HC.reshape(-1))
+        row_1C[:] = both[config.q_lora_rank :]
         rows *= np1.inverse_norms(rows, eps, self.scales)[:, None]
-        rows[-1] *= self.kv_norm
-        np1.rotate(rows, at.phases[self.ratio], rows)
-        row_C = _rounded(self.whole.fmt, rows[-1:])[0]
-        window_RC, state.window = self.window.append(state.window, row_C, config.sliding_window - 1)
-        o_HC = self._attend(rows[:-1], [window_RC, *self._entries(qr_L, others, at, state)])
-        o_GI = np1.rotate(o_HC, at.back_phases[self.ratio], o_HC).reshape(config.o_groups, 1, -1)
-        return self.wo_b(np1.product(self.wo_a_GOI, o_GI).ravel())
+        row_1C *= self.kv_norm
+        np1.rotate(rows, turn, rows)
+        row_1C = _rounded(self.whole.fmt, row_1C)
+        window_RC, state.window_rows = self.window.append(state.window_rows, row_1C, config.sliding_window - 1)
+        o_HC = self._attend(q_HC, self._rows(window_RC, qr_L, others, at, state))
+        o_GI = np1.rotate(o_HC, back, o_HC).reshape(config.o_groups, 1, -1)
+        self.wo_b(np1.product(self.wo_a_GOI, o_GI).reshape(-1), out_D)
 
     def _attend(self, q_HC: Floats, parts: list[Floats]) -> Floats:
         """One softmax over window, entries and sink."""
-        return np1.attend(q_HC, parts, self.sink_H, self.bounded)
+        return np1.attend(q_HC, parts, self.sink)
 
-    def _entries(self, qr_L: Floats, of_input: list[Floats], at: _Position, state: LayerState) -> list[Floats]:
-        """The compressed entries that this token attends to, its own block's included: [N, C] in parts.
+    def _rows(
+        self, window_RC: Floats, qr_L: Floats, of_input: list[Floats], at: _Position, state: LayerState
+    ) -> list[Floats]:
+        """What this token attends to, the window and compressed entries, its own block's included: [N, C] in parts.
 
         of_input: what the compressor, the indexer's and the index weights project from the layer's input.
         """
         if self.compressor is None:
-            return []
+            return [window_RC]
         entries = state.entries
         assert entries is not None and state.block is not None
         self.compressor.advance(of_input[0], state.block, entries, at)
@@ -105,11 +107,11 @@ class _Attention:
             self.indexer.compressor.advance(of_input[1], state.index_block, state.index_keys, at)
             if len(entries) > self.indexer.topk:
                 chosen = self.indexer.select(qr_L, of_input[2], at, state.index_keys)
-                parts = entries.stored(0, len(entries))
-                if entries.fmt.kind == "fp32" and len(parts) == 1:
-                    return [parts[0].numpy().take(chosen, 0)]
-                return [entries.gather(torch.from_numpy(chosen)).numpy()]
-        return [entries.read(0, len(entries)).numpy()] if len(entries) else []
+                whole_NC = entries.in_place()
+                if whole_NC is not None:
+                    return [np1.below(window_RC, whole_NC, chosen)]
+                return [np.concatenate((window_RC, entries.gather(torch.from_numpy(chosen)).numpy()))]
+        return [window_RC, _read(entries, 0, len(entries))] if len(entries) else [window_RC]
 
 
 class _Indexer:
@@ -127,7 +129,7 @@ class _Indexer:
         weights_H = weights_H * np.float32((self.channels * self.heads) ** -0.5)
         total = len(keys)
         scores = [
-            np1.index_scores(q_HC, keys.read(first, min(first + CPU.keys, total)).numpy(), weights_H)
+            np1.index_scores(q_HC, _read(keys, first, min(first + CPU.keys, total)), weights_H)
             for first in range(0, total, CPU.keys)
         ]
         return np1.largest(np.concatenate(scores) if len(scores) > 1 else scores[0], self.topk)
@@ -143,10 +145,10 @@ class _Compressor:
 
     def advance(self, projected_E: Floats, state: BlockState, rows: Rows, at: _Position) -> None:
         """Take the token in; the block that it ends goes to ``rows``."""
-        projected, state.pending = self.pending.append(state.pending, projected_E, self.ratio)
+        projected, state.pending_rows = self.pending.append(state.pending_rows, projected_E, self.ratio)
         if projected.shape[0] < self.ratio:
             return
-        state.pending = state.pending[:0]
+        state.pending_rows = projected[:0]
         half = projected.shape[1] // 2
         kv_RE, gate_RE = projected[:, :half], projected[:, half:] + self.ape
         if state.previous is not None:
@@ -158,6 +160,12 @@ class _Compressor:
         entry_C = np1.rotate(entry_C, at.of_block(self.ratio, self.channels), entry_C)
         with torch.inference_mode():  # as the rows before were made
             rows.append(torch.from_numpy(entry_C[None]))
+
+
+def _read(rows: Rows, start: int, end: int) -> Floats:
+    """Rows.read as an array that must not be written to."""
+    whole = rows.in_place()
+    return rows.read(start, end).numpy() if whole is None else whole[start:end]
 
 
 def _rounded(fmt: RowFormat, x_NC: Floats) -> Floats:
@@ -179,12 +187,13 @@ class _Experts:
         # The shared expert is one more, of weight 1.
         self.shared = [] if experts.shared is None else [len(experts.experts)]
         every = [*experts.experts, *([] if experts.shared is None else [experts.shared])]
-        first, second = [Matrix(arena, *x.w13) for x in every], [Matrix(arena, x.w2) for x in every]
-        self.first = [matrix.data_OI.reshape(2, -1, matrix.data_OI.shape[1]) for matrix in first]  # [gate and up, I, D]
-        self.second = [matrix.data_OI for matrix in second]
-        self.first_input, self.second_input, self.rounds = first[0].input, second[0].input, second[0].rounds
+        self.first = Matrix(arena, *(weight for expert in every for weight in expert.w13))
+        self.second = Matrix(arena, *(expert.w2 for expert in every))
+        # Gate above up.  One array for all: a view is made faster than 2 E objects come from memory.
+        self.first_EOD = self.first.data_OI.reshape(len(every), -1, self.gate_ED.shape[1])
+        self.second_EDI = self.second.data_OI.reshape(len(every), self.gate_ED.shape[1], -1)
 
-    def forward(self, u_D: Floats, token_id: int) -> Floats:
+    def forward(self, u_D: Floats, token_id: int, out_D: Floats) -> None:
         config, product = self.config, np1.product
         scores_E = np1.router_scores(product(self.gate_ED, u_D))
         if self.tid2eid is not None:
@@ -195,46 +204,37 @@ class _Experts:
         share = config.routed_scaling_factor / (sum(scores) + 1e-20 if config.norm_topk_prob else 1.0)
         weights_K = np.array([score * share for score in scores] + [1.0] * len(self.shared), np.float32)
         chosen += self.shared
-        x_D = self.first_input(u_D)
-        gate_up = np.empty((2, len(chosen), self.first[0].shape[1]), np.float32)
-        for i, e in enumerate(chosen):
-            product(self.first[e], x_D, gate_up[:, i])
+        x_D, first_EOD, second_EDI = self.first.input(u_D), self.first_EOD, self.second_EDI
+        gate_up = np.empty((len(chosen), first_EOD.shape[1]), np.float32)
+        for e, row in zip(chosen, gate_up, strict=True):
+            product(first_EOD[e], x_D, row)
         hidden = np1.swiglu(gate_up, config.swiglu_limit)
-        if self.rounds:  # the weight enters before the rounding
-            hidden = self.second_input(hidden * weights_K[:, None])
+        if self.second.rounds:  # the weight enters before the rounding
+            hidden = self.second.input(hidden * weights_K[:, None])
             weights_K = np.ones_like(weights_K)
         out = np.empty((len(chosen), u_D.size), np.float32)
-        for i, e in enumerate(chosen):
-            product(self.second[e], hidden[i], out[i])
-        return weights_K.dot(out)
+        for e, x_I, row in zip(chosen, hidden, out, strict=True):
+            product(second_EDI[e], x_I, row)
+        weights_K.dot(out, out_D)
 
 
 class _Streams:
     """The hyper-connection around one sub-layer."""
 
     def __init__(self, streams: HyperConnection, arena: Arena) -> None:
-        self.config = streams.config
+        config = streams.config
         self.fn = arena.copy(streams.fn * streams.scale[:, None])
         self.base, self.norm = arena.copy(streams.base), arena.copy(streams.norm)
+        self.iterations, self.hc_eps, self.norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
 
-    def read(self, x_JD: Floats) -> tuple[Floats, Floats, Floats]:
-        """The sub-layer's input [D], and post [J, 1] and comb [J, J] for `write`."""
-        config = self.config
-        pre, post, comb = np1.mixing(
-            x_JD,
-            self.fn,
-            self.base,
-            iterations=config.hc_sinkhorn_iters,
-            hc_eps=config.hc_eps,
-            norm_eps=config.rms_norm_eps,
+    def read(self, x_JD: Floats) -> tuple[Floats, Floats]:
+        """Of the streams and the row of room behind them: the sub-layer's input [D], and what makes the new streams of
+        the old ones and the sub-layer's output in that row [J, J + 1]."""
+        streams_JD = x_JD[:-1]
+        pre_J, write_JK = np1.mixing(
+            streams_JD, self.fn, self.base, iterations=self.iterations, hc_eps=self.hc_eps, norm_eps=self.norm_eps
         )
-        return np1.rms_norm(pre.dot(x_JD), self.norm, config.rms_norm_eps), post, comb
-
-    @staticmethod
-    def write(x_JD: Floats, f_D: Floats, post_J1: Floats, comb_JJ: Floats) -> Floats:
-        written = comb_JJ.dot(x_JD)
-        written += post_J1.dot(f_D[None])
-        return written
+        return np1.rms_norm(pre_J.dot(streams_JD), self.norm, self.norm_eps), write_JK
 
 
 class _Layer:
@@ -242,11 +242,14 @@ class _Layer:
         self.attn, self.ffn = _Attention(block.attn, arena), _Experts(block.ffn, arena)
         self.hc_attn, self.hc_ffn = _Streams(block.hc_attn, arena), _Streams(block.hc_ffn, arena)
 
-    def forward(self, x_JD: Floats, at: _Position, state: LayerState) -> Floats:
-        u_D, post, comb = self.hc_attn.read(x_JD)
-        x_JD = self.hc_attn.write(x_JD, self.attn.forward(u_D, at, state), post, comb)
-        u_D, post, comb = self.hc_ffn.read(x_JD)
-        return self.hc_ffn.write(x_JD, self.ffn.forward(u_D, at.token_id), post, comb)
+    def forward(self, x_JD: Floats, between_JD: Floats, at: _Position, state: LayerState) -> None:
+        """x: the streams before and afterwards; both arrays have a row of room behind their streams."""
+        u_D, write_JK = self.hc_attn.read(x_JD)
+        self.attn.forward(u_D, at, state, x_JD[-1])
+        write_JK.dot(x_JD, between_JD[:-1])
+        u_D, write_JK = self.hc_ffn.read(between_JD)
+        self.ffn.forward(u_D, at.token_id, between_JD[-1])
+        write_JK.dot(between_JD, x_JD[:-1])
 
 
 class TokenStep:
@@ -272,19 +275,27 @@ class TokenStep:
         plain = attention.wq_b.fmt == "plain" and attention.wq_b.data.dtype == torch.float32
         return plain and attention.wq_b.data.device.type == "cpu" and model.config.hc_mult == 4
 
-    def forward(self, token_id: int, state: SequenceState) -> Tensor:
-        """`Model.forward` of one token: advances ``state``, returns streams float32 [1, J, D]."""
-        at = _Position(token_id, state.position, self._phases, self.config.head_dim)
-        x_JD = np.empty((self.config.hc_mult, self.config.hidden_size), np.float32)
-        x_JD[:] = np1.widened(self._embed[token_id])
-        for layer, layer_state in zip(self._layers, state.layers, strict=True):
-            x_JD = layer.forward(x_JD, at, layer_state)
-        state.position += 1
-        return torch.from_numpy(x_JD[None])
+    def forward(self, token_id: int, state: SequenceState) -> Floats:
+        """`Model.forward` of one token: advances ``state``, returns streams [J, D]."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # packed rows of the state are too little work to share
+        try:
+            return self._run(token_id, state)
+        finally:
+            torch.set_num_threads(threads)
 
-    def logits(self, x_1JD: Tensor) -> Tensor:
-        """`Model.logits` of one token: streams [1, J, D] -> float32 [1, V]."""
-        config, x_JD = self.config, x_1JD.numpy()[0]
+    def _run(self, token_id: int, state: SequenceState) -> Floats:
+        at = _Position(token_id, state.position, self._phases, self.config.head_dim)
+        x_JD, between_JD = np.empty((2, self.config.hc_mult + 1, self.config.hidden_size), np.float32)
+        x_JD[:-1] = np1.widened(self._embed[token_id])
+        for layer, layer_state in zip(self._layers, state.layers, strict=True):
+            layer.forward(x_JD, between_JD, at, layer_state)
+        state.position += 1
+        return x_JD[:-1]
+
+    def logits(self, x_JD: Floats) -> Floats:
+        """`Model.logits` of one token: streams [J, D] -> [V]."""
+        config = self.config
         pre_J = np1.head_mixing(
             x_JD,
             self._head_fn,
@@ -292,5 +303,4 @@ class TokenStep:
             hc_eps=config.hc_eps,
             norm_eps=config.rms_norm_eps,
         )
-        h_D = np1.rms_norm(pre_J.dot(x_JD), self._head_norm, config.rms_norm_eps)
-        return torch.from_numpy(self._output(h_D)[None])
+        return self._output(np1.rms_norm(pre_J.dot(x_JD), self._head_norm, config.rms_norm_eps))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dsv4_kernels import one_token as np1
@@ -26,11 +25,15 @@ class Arena:
 
     def copy(self, *parts: Tensor) -> Floats:
         """The matrices, one below the other."""
-        data = torch.cat(parts).numpy()
-        if self._free.size < data.size:
-            self._free = np.empty(max(self.BLOCK, data.size), np.float32)
-        taken, self._free = self._free[: data.size].reshape(data.shape), self._free[data.size :]
-        taken[:] = data
+        rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1:]
+        size = rows * width.numel()
+        if self._free.size < size:
+            self._free = np.empty(max(self.BLOCK, size), np.float32)
+        taken, self._free = self._free[:size].reshape(rows, *width), self._free[size:]
+        first = 0
+        for part in parts:
+            taken[first : first + part.shape[0]] = part.numpy()
+            first += part.shape[0]
         return taken
 
 
@@ -42,7 +45,7 @@ class Matrix:
         self.rounds = weights[0].round_activations
 
     def __call__(self, x_I: Floats, out_O: Floats | None = None) -> Floats:
-        return np1.product(self.data_OI, self.input(x_I), out_O)
+        return np1.product(self.data_OI, self.input(x_I) if self.rounds else x_I, out_O)
 
     def input(self, x: Floats) -> Floats:
         return np1.round_fp8(x, ACTIVATION_BLOCK) if self.rounds else x
@@ -70,9 +73,9 @@ class Growing:
     def __init__(self, room: int) -> None:
         self._room = room
         # The rows given last, and the array whose first ``end`` rows they close: taken out while a thread is at it.
-        self._kept: list[tuple[Tensor, Floats, int]] = []
+        self._kept: list[tuple[Floats, Floats, int]] = []
 
-    def append(self, past: Tensor, row_C: Floats, most: int) -> tuple[Floats, Tensor]:
+    def append(self, past: Tensor | Floats, row_C: Floats, most: int) -> tuple[Floats, Floats]:
         """``past`` [N, C] and this row: all [N + 1, C], and the last ``most`` of them, which the state keeps.
 
         Only the rows that this gave last are followed by free room; others, of a fork for instance, are copied.
@@ -85,11 +88,11 @@ class Growing:
             fits = False
         if not fits:
             rows, end = np.empty((count + self._room, row_C.size), np.float32), count
-            rows[:count] = past.numpy()
+            rows[:count] = past.numpy() if isinstance(past, Tensor) else past
         rows[end] = row_C
         end += 1
         all_rows = rows[end - count - 1 : end]
-        last = torch.from_numpy(all_rows[max(0, count + 1 - most) :])
+        last = all_rows[1:] if count == most else all_rows
         self._kept = [(last, rows, end)]
         return all_rows, last
 

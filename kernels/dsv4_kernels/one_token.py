@@ -9,7 +9,7 @@ Arrays are float32 unless said.  Letters: D hidden, J streams, M coefficients, H
 from __future__ import annotations
 
 from functools import lru_cache
-from math import exp, sqrt
+from math import exp, sqrt, tanh
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ _CPU = torch.device("cpu")
 # From this many multiplications on OpenBLAS shares a matrix product, or one of a matrix and a vector, among threads;
 # where those sleep or the other cores are busy, that takes milliseconds.
 MATRIX_PRODUCT, VECTOR_PRODUCT = (1 << 19) - 1, 9215
-INDEX_TILE, FEW_HEADS = 1 << 17, 4  # a product of 64 keys with 16 heads is faster than larger ones
+FEW_HEADS = 4
+READ_AHEAD = 1 << 17  # numbers that stay in half of a core's cache
 SAFE_EXPONENT = 40.0
 LEAST_GATE = np.float32(-87.0)  # its exponential is still a float32; what comes out is 1e-36 where it would be less
 _SMALLEST_NORMAL_E4M3 = np.float32(2.0**-6)
 # Adding and taking away 1.5 * 2^23 units of a spacing rounds to that spacing, ties to even; e4m3 has 3 mantissa bits.
 _ROUNDS_TO_3_BITS = np.float32(1.5 * 2.0**20)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _EXPONENT = np.int32(0x7F800000)
 
 
@@ -41,7 +43,7 @@ product = np.vecdot
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """norm.rms_norm of one vector [C]."""
-    normed = x * np.float32(1.0 / sqrt(float(x.dot(x)) / x.size + eps))
+    normed = x * (1.0 / sqrt(float(x.dot(x)) / x.size + eps))
     normed *= weight
     return normed
 
@@ -54,7 +56,7 @@ def rms_norm_heads(x_HC: Floats, eps: float) -> Floats:
 def inverse_norms(x_HC: Floats, eps: float, scale_H: Floats) -> Floats:
     """What `norm.rms_norm` multiplies every row with, times C^-1/2 and a scale of its own: [H]."""
     norms = np.vecdot(x_HC, x_HC)
-    norms += np.float32(x_HC.shape[1] * eps)
+    norms += x_HC.shape[1] * eps
     np.sqrt(norms, out=norms)
     return np.divide(scale_H, norms, out=norms)
 
@@ -123,57 +125,71 @@ def round_bf16(x: Floats) -> Floats:
 
 def mixing(
     x_JD: Floats, fn: Floats, base_M: Floats, *, iterations: int, hc_eps: float, norm_eps: float
-) -> tuple[Floats, Floats, Floats]:
-    """hyper_connection.mixing of one token with 4 streams: pre [J], post [K, 1], and comb turned over, [K, J].
+) -> tuple[Floats, Floats]:
+    """hyper_connection.mixing of one token with 4 streams: pre [J], and what makes the new streams [K, J + 1] of the
+    old ones and, behind them, the sub-layer's output: comb turned over, and post.
 
     fn comes times the scales.
 
     From the 24 projections on in Python's numbers (float64): fewer calls than any array of them.
     """
-    m = _projected(x_JD, fn, base_M, norm_eps).tolist()
-    pre = [1.0 / (1.0 + exp(-g)) + hc_eps if g > -80.0 else hc_eps for g in m[:4]]
-    post = [2.0 / (1.0 + exp(-g)) if g > -80.0 else 0.0 for g in m[4:8]]
-    rows = []
-    for i in (8, 12, 16, 20):
-        a, b, c, d = m[i : i + 4]
-        top = max(a, b, c, d)
-        a, b, c, d = exp(a - top), exp(b - top), exp(c - top), exp(d - top)
-        share = 1.0 / (a + b + c + d)
-        rows.append((a * share + hc_eps, b * share + hc_eps, c * share + hc_eps, d * share + hc_eps))
-    a, b, c, d = sinkhorn_one(rows, iterations, hc_eps)
-    all_M = np.array((*pre, *post, *a, *b, *c, *d), np.float32)
-    return all_M[:4], all_M[4:8, None], all_M[8:].reshape(4, 4).T
+    a, b, c, d, e, f, g, h, i, j, k, z, m, n, o, p, q, r, s, t, u, v, w, x = _projected(x_JD, fn, base_M, norm_eps)
+    rows = (
+        _softmax(i, j, k, z, hc_eps),
+        _softmax(m, n, o, p, hc_eps),
+        _softmax(q, r, s, t, hc_eps),
+        _softmax(u, v, w, x, hc_eps),
+    )
+    (i, j, k, z), (m, n, o, p), (q, r, s, t), (u, v, w, x) = sinkhorn_one(rows, iterations, hc_eps)
+    half = 0.5 + hc_eps  # the logistic function of g is (1 + tanh(g / 2)) / 2, which nothing overflows
+    all_M = np.array((
+        half + 0.5 * tanh(0.5 * a), half + 0.5 * tanh(0.5 * b), half + 0.5 * tanh(0.5 * c), half + 0.5 * tanh(0.5 * d),
+        i, m, q, u, 1.0 + tanh(0.5 * e),
+        j, n, r, v, 1.0 + tanh(0.5 * f),
+        k, o, s, w, 1.0 + tanh(0.5 * g),
+        z, p, t, x, 1.0 + tanh(0.5 * h),
+    ), np.float32)  # fmt: skip
+    return all_M[:4], all_M[4:].reshape(4, 5)
+
+
+def _softmax(a: float, b: float, c: float, d: float, more: float) -> tuple[float, float, float, float]:
+    """Softmax of four numbers, and ``more`` added to each."""
+    top = max(a, b, c, d)
+    a, b, c, d = exp(a - top), exp(b - top), exp(c - top), exp(d - top)
+    share = 1.0 / (a + b + c + d)
+    return a * share + more, b * share + more, c * share + more, d * share + more
 
 
 def head_mixing(x_JD: Floats, fn: Floats, base_J: Floats, *, hc_eps: float, norm_eps: float) -> Floats:
     """hyper_connection.head_mixing of one token: [J]."""
-    m = _projected(x_JD, fn, base_J, norm_eps).tolist()
-    return np.array([1.0 / (1.0 + exp(-g)) + hc_eps if g > -80.0 else hc_eps for g in m], np.float32)
+    half = 0.5 + hc_eps
+    return np.array([half + 0.5 * tanh(0.5 * g) for g in _projected(x_JD, fn, base_J, norm_eps)], np.float32)
 
 
-def _projected(x_JD: Floats, fn: Floats, base_M: Floats, norm_eps: float) -> Floats:
+def _projected(x_JD: Floats, fn: Floats, base_M: Floats, norm_eps: float) -> list[float]:
     flat = x_JD.reshape(-1)
-    inverse = np.float32(1.0 / sqrt(float(flat.dot(flat)) / flat.size + norm_eps))
-    return np.vecdot(fn, flat) * inverse + base_M
+    projected = np.vecdot(fn, flat)
+    projected *= 1.0 / sqrt(float(flat.dot(flat)) / flat.size + norm_eps)
+    projected += base_M
+    return projected.tolist()
 
 
-def swiglu(gate_up: Floats, limit: float) -> Floats:
-    """moe.swiglu of gate and up one behind the other: [2, .., I] -> [.., I]."""
-    cut = np.minimum(gate_up, np.float32(limit))
-    gate, up = cut
-    np.maximum(gate, LEAST_GATE, out=gate)
-    np.maximum(up, np.float32(-limit), out=up)
+def swiglu(gate_up_KE: Floats, limit: float) -> Floats:
+    """moe.swiglu of gate and up one behind the other in every row: [K, 2 I] -> [K, I]."""
+    width = gate_up_KE.shape[1] // 2
+    cut_KE = np.minimum(gate_up_KE, limit)
+    gate, up = np.maximum(cut_KE[:, :width], LEAST_GATE), np.maximum(cut_KE[:, width:], -limit)
     up *= gate
     np.negative(gate, out=gate)
     np.exp(gate, out=gate)
-    gate += np.float32(1.0)
+    gate += _ONE
     up /= gate
     return up
 
 
 def router_scores(logits_E: Floats) -> Floats:
     """sqrt(softplus(logits)); torch's is the identity above 20, where the two are the same float32."""
-    return np.sqrt(np.logaddexp(np.float32(0.0), logits_E))
+    return np.sqrt(np.logaddexp(_ZERO, logits_E))
 
 
 @lru_cache(maxsize=1024)
@@ -181,12 +197,20 @@ def _ones(count: int) -> Floats:
     return np.ones(count, np.float32)
 
 
-def attend(q_HC: Floats, parts: list[Floats], sink_H: Floats, bounded: bool) -> Floats:
-    """attention.dense_attention of one token: rows [R, C] in parts, queries already scaled -> [H, C].
+class Sink:
+    """The sinks [H] of an attention in which no score and no sink is beyond +-``largest``."""
 
-    bounded: no score and no sink is beyond +-SAFE_EXPONENT, so that exponentials need no common factor taken out.
-    """
-    most, q_CH, tiles = max(1, MATRIX_PRODUCT // q_HC.size), q_HC.T, []
+    def __init__(self, sink_H: Floats, largest: float) -> None:
+        # Exponentials need no common factor taken out then.
+        self.bounded = largest < SAFE_EXPONENT
+        self.logits_H, self.weights_H = sink_H, np.exp(sink_H) if self.bounded else None
+
+
+def attend(q_HC: Floats, parts: list[Floats], sink: Sink) -> Floats:
+    """attention.dense_attention of one token: rows [R, C] in parts, queries already scaled -> [H, C]."""
+    most, q_CH, tiles = max(1, MATRIX_PRODUCT // q_HC.size), np.ascontiguousarray(q_HC.T), []
+    if len(parts) > 1 and sum(part.shape[0] for part in parts) <= most:
+        parts = [np.concatenate(parts)]
     for part in parts:
         rows = part.shape[0]
         if rows <= most:
@@ -195,20 +219,19 @@ def attend(q_HC: Floats, parts: list[Floats], sink_H: Floats, bounded: bool) -> 
             step = -(-rows // -(-rows // most))  # tiles of about one size
             tiles += [part[i : i + step] for i in range(0, rows, step)]
     weights = [tile.dot(q_CH) for tile in tiles]
-    sink_H = sink_H.copy()
-    if not bounded:
-        top_H = np.maximum.reduce([sink_H, *(np.maximum.reduce(weights_RH) for weights_RH in weights)])
-        for logits in (sink_H, *weights):
-            logits -= top_H
-    total_H, out_HC = np.exp(sink_H, out=sink_H), None
+    total_H = sink.weights_H
+    if total_H is None:
+        top_H = np.maximum.reduce([sink.logits_H, *(np.maximum.reduce(weights_RH) for weights_RH in weights)])
+        for weights_RH in weights:
+            weights_RH -= top_H
+        total_H = np.exp(sink.logits_H - top_H)
+    out_HC: Floats | None = None
     for tile, weights_RH in zip(tiles, weights, strict=True):
         np.exp(weights_RH, out=weights_RH)
-        total_H += _ones(tile.shape[0]).dot(weights_RH)
-        some = weights_RH.T.dot(tile)
-        if out_HC is None:
-            out_HC = some
-        else:
-            out_HC += some
+        total_H = total_H + _ones(tile.shape[0]).dot(weights_RH)
+        some_HC = weights_RH.T.dot(tile)
+        out_HC = some_HC if out_HC is None else np.add(out_HC, some_HC, out=out_HC)
+    assert out_HC is not None
     out_HC /= total_H[:, None]
     return out_HC
 
@@ -222,25 +245,27 @@ def pool(kv_RC: Floats, gate_RC: Floats) -> Floats:
 def index_scores(q_HC: Floats, keys_NC: Floats, weights_H: Floats) -> Floats:
     """The lightning indexer's scores, sum_h w_h relu(q_h k): [N]."""
     keys, heads = keys_NC.shape[0], q_HC.shape[0]
-    scores_N = np.empty(keys, np.float32)
-    step, block, q_CH = max(1, INDEX_TILE // q_HC.size), max(1, min(512, VECTOR_PRODUCT // heads)), q_HC.T
-    for first in range(0, keys, block):
-        some_NC = keys_NC[first : first + block]
+    scores_N, q_CH = np.empty(keys, np.float32), np.ascontiguousarray(q_HC.T)
+    most = max(1, min(MATRIX_PRODUCT // q_HC.size, VECTOR_PRODUCT // heads))
+    read, ahead = 0, max(most, READ_AHEAD // keys_NC.shape[1])
+    for first in range(0, keys, most):
+        some_NC = keys_NC[first : first + most]
         if heads <= FEW_HEADS:
             scores_NH = np.vecdot(some_NC[:, None], q_HC)
         else:
-            np.maximum.reduce(some_NC, None)  # read in order, they come faster than the product would fetch them
-            scores_NH = np.empty((some_NC.shape[0], heads), np.float32)
-            for i in range(0, some_NC.shape[0], step):
-                np.dot(some_NC[i : i + step], q_CH, scores_NH[i : i + step])
-        np.maximum(scores_NH, np.float32(0.0), out=scores_NH)
-        np.dot(scores_NH, weights_H, scores_N[first : first + block])
+            if first + most > read:  # in order they come faster than the product would fetch them
+                np.maximum.reduce(keys_NC[first : first + ahead], None)
+                read = first + ahead
+            scores_NH = some_NC.dot(q_CH)
+        np.maximum(scores_NH, _ZERO, out=scores_NH)
+        scores_NH.dot(weights_H, scores_N[first : first + most])
     return scores_N
 
 
 def largest(scores_N: Floats, count: int) -> NDArray[np.intp]:
     """Entries of the ``count`` largest scores, rising; of equal scores the lower entries."""
-    rising = np.sort(scores_N)  # np.partition is five times slower where many scores are 0
+    rising = scores_N.copy()
+    rising.sort()  # np.partition is five times slower where many scores are 0
     least = rising[scores_N.size - count]
     chosen = (scores_N >= least).nonzero()[0]
     if chosen.size == count:
@@ -249,6 +274,17 @@ def largest(scores_N: Floats, count: int) -> NDArray[np.intp]:
     tied = (scores_N == least).nonzero()[0]
     above[tied[: count - int(np.count_nonzero(above))]] = True
     return above.nonzero()[0]
+
+
+def below(window_RC: Floats, rows_NC: Floats, chosen: NDArray[np.intp]) -> Floats:
+    """The chosen rows below the window: [R + K, C]."""
+    window = window_RC.shape[0]
+    out = np.empty((window + chosen.size, window_RC.shape[1]), np.float32)
+    out[:window] = window_RC
+    if rows_NC.shape[0] < 3 * chosen.size:
+        np.maximum.reduce(rows_NC, None)  # all, read in order, come faster than these one by one
+    rows_NC.take(chosen, 0, out[window:], "clip")  # any other mode goes through a copy
+    return out
 
 
 def best(scores_E: Floats, count: int) -> list[int]:

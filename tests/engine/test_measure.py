@@ -132,6 +132,8 @@ def test_allocated_memory_is_counted_once_where_forks_share_it(folder: Path) -> 
     assert alone >= session.kv_bytes
     fork = session.fork()
     assert allocated_bytes(fork) <= alone
+    session.extend([1])  # leaves arrays behind
+    assert allocated_bytes(session) >= session.kv_bytes
 
 
 def test_the_line_is_the_least_squares_line() -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from dsv4_engine import Engine
-from dsv4_engine.state import LayerState
+from dsv4_engine.state import LayerState, RowFormat, Rows
 from dsv4_engine.token_step import TokenStep
+from dsv4_engine.token_step_arrays import Growing
+from dsv4_kernels import one_token
 from support.random_checkpoint import make_checkpoint
 
 TOLERANCE = 2e-5  # of the largest value, as between splits of a prompt
@@ -40,13 +42,13 @@ def test_steps_agree_with_the_model(tmp_path: Path, kv_dtype: str, start: int) -
             engine.model.forward(torch.tensor(IDS[:start]), state)
         for token in IDS[start : start + 9]:
             ours, theirs = state.fork(), state.fork()
-            got, want = step.forward(token, ours), engine.model.forward(torch.tensor([token]), theirs)
+            got, want = torch.from_numpy(step.forward(token, ours)), engine.model.forward(torch.tensor([token]), theirs)
             errors.append(float((got - want).abs().max() / want.abs().max()))
             assert ours.position == theirs.position
             for a, b in zip(ours.layers, theirs.layers, strict=True):
                 for x, y in zip(_tensors(a), _tensors(b), strict=True):
                     assert x.shape == y.shape
-            logits, expected = step.logits(want), engine.model.logits(want)
+            logits, expected = torch.from_numpy(step.logits(want[0].numpy())), engine.model.logits(want)
             assert (logits - expected).abs().max() <= TOLERANCE * expected.abs().max()
             state = theirs
     if kv_dtype == "fp32":
@@ -80,7 +82,7 @@ def test_rounded_activations_agree_in_the_median(tmp_path: Path) -> None:
         engine.model.forward(torch.tensor(IDS[:140]), state)
         for token in IDS[140:200]:
             ours = state.fork()
-            got, want = step.forward(token, ours), engine.model.forward(torch.tensor([token]), state)
+            got, want = torch.from_numpy(step.forward(token, ours)), engine.model.forward(torch.tensor([token]), state)
             errors.append(float((got - want).abs().max() / want.abs().max()))
     assert torch.tensor(errors).median() < 2e-3  # docs/numerics.md: what rounding of inputs allows
 
@@ -134,3 +136,61 @@ def test_an_interrupted_step_leaves_the_session_as_it_was(tmp_path: Path, monkey
             session.extend([7])
     assert session.position == 130
     assert torch.equal(session.extend([7]), expected)
+
+
+def test_rows_in_place_are_the_rows() -> None:
+    rows = Rows(RowFormat("fp32", 128, 64))
+    for count in (3, 70, 1):
+        rows.append(torch.randn(count, 128))
+        assert torch.equal(torch.from_numpy(rows.in_place()), rows.read(0, len(rows)))
+    before, read = rows.__copy__(), rows.read(0, len(rows)).clone()
+    rows.append(torch.randn(5, 128))
+    assert torch.equal(torch.from_numpy(before.in_place()), read)
+    rows.freeze()
+    rows.append(torch.randn(5, 128))
+    assert rows.in_place() is None  # two pieces
+    packed = Rows(RowFormat("mixed", 128, 64))
+    packed.append(torch.randn(5, 128))
+    assert packed.in_place() is None
+
+
+@pytest.mark.parametrize("start", [130, 260])  # entries of ratio 4: all read, and 40 chosen
+def test_where_rows_are_stored_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int) -> None:
+    monkeypatch.setattr(one_token, "MATRIX_PRODUCT", 1 << 13)  # several tiles, as of longer sequences
+    folder = make_checkpoint(tmp_path / "model", index_n_heads=16, index_topk=40)
+    engine = Engine.load(folder, kv_dtype="fp32", ctx=512)
+    session = engine.session()
+    session.extend(IDS[:start])
+    in_place = [session.extend([token]) for token in IDS[start : start + 9]]
+    apart = engine.session()
+    apart.extend(IDS[:start])
+    apart.fork()  # whose rows it shares from now on: two pieces
+    for token, expected in zip(IDS[start : start + 9], in_place, strict=True):
+        assert torch.equal(apart.extend([token]), expected)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "mixed"])
+def test_a_step_shares_nothing_among_threads_and_leaves_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_dtype: str
+) -> None:
+    engine, seen = _engine(tmp_path, kv_dtype, quantised=False), []
+    session, append = engine.session(), Growing.append
+    session.extend(IDS[:64])
+    monkeypatch.setattr(Growing, "append", lambda *a: (seen.append(torch.get_num_threads()), append(*a))[1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        session.extend([7])
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_chunk_goes_on_from_what_a_step_left_and_a_step_from_a_chunk(tmp_path: Path) -> None:
+    engine = _engine(tmp_path, "fp32", quantised=False)
+    whole, split = engine.session(), engine.session()
+    expected = whole.extend(IDS[:260], logits="all")
+    parts = [
+        split.extend(IDS[a:b], logits="all") for a, b in ((0, 130), (130, 131), (131, 200), (200, 201), (201, 260))
+    ]
+    assert (torch.cat(parts) - expected).abs().max() <= TOLERANCE * expected.abs().max()

@@ -57,21 +57,25 @@ def test_hyper_connection() -> None:
     options = {"hc_eps": 1e-6, "norm_eps": 1e-6}
     pre, post, comb = hyper_connection.mixing(x, fn, base, scale, iterations=20, **options)
     scaled = (fn * scale[:, None]).numpy()
-    ours = one_token.mixing(x[0].numpy(), scaled, base.numpy(), iterations=20, **options)
-    _close(ours[0], pre[0])
-    _close(ours[1], post[0][:, None])
-    torch.testing.assert_close(torch.from_numpy(ours[2].copy()), comb[0].T.contiguous(), rtol=2e-5, atol=2e-6)
+    read, write = one_token.mixing(x[0].numpy(), scaled, base.numpy(), iterations=20, **options)
+    _close(read, pre[0])
+    _close(write[:, 4], post[0])
+    torch.testing.assert_close(torch.from_numpy(write[:, :4].copy()), comb[0].T.contiguous(), rtol=2e-5, atol=2e-6)
+    f = torch.randn(1, 96)
+    written = write.dot(torch.cat((x[0], f)).numpy())
+    torch.testing.assert_close(
+        torch.from_numpy(written), hyper_connection.write_streams(x, f, post, comb)[0], rtol=2e-5, atol=2e-5
+    )
     head = hyper_connection.head_mixing(x, fn[:4], base[:4], torch.tensor([0.4]), **options)
     _close(one_token.head_mixing(x[0].numpy(), (fn[:4] * 0.4).numpy(), base[:4].numpy(), **options), head[0])
 
 
 def test_a_gate_far_below_zero_is_zero_without_overflow() -> None:
-    x, fn, base = torch.randn(4, 32), torch.zeros(24, 128), torch.full((24,), -500.0)
+    x, fn, base = torch.randn(4, 32), torch.zeros(24, 128), torch.full((24,), -5000.0)
     with np.errstate(all="raise"):
-        pre, post, comb = one_token.mixing(
-            x.numpy(), fn.numpy(), base.numpy(), iterations=20, hc_eps=1e-6, norm_eps=1e-6
-        )
-    assert np.all(pre == np.float32(1e-6)) and not post.any() and np.isfinite(comb).all()
+        pre, write = one_token.mixing(x.numpy(), fn.numpy(), base.numpy(), iterations=20, hc_eps=1e-6, norm_eps=1e-6)
+    np.testing.assert_allclose(pre, 1e-6, rtol=1e-6)
+    assert not write[:, 4].any() and np.isfinite(write).all()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
@@ -91,7 +95,8 @@ def test_sinkhorn_of_one_matrix_is_the_general_one(eps: float, spread: float) ->
 def test_attention(heads: int, rows: tuple[int, ...], spread: float) -> None:
     q = torch.nn.functional.normalize(torch.randn(heads, 128))
     parts, sink = [torch.randn(count, 128) * spread for count in rows], torch.randn(heads) * spread
-    ours = one_token.attend(q.numpy(), [part.numpy() for part in parts], sink.numpy(), bounded=spread == 1.0)
+    logits = one_token.Sink(sink.numpy(), 200.0 if spread > 1.0 else 12.0)
+    ours = one_token.attend(q.numpy(), [part.numpy() for part in parts], logits)
     entries = torch.cat(parts[1:]) if len(parts) > 1 else torch.empty(0, 128)
     reference = attention.dense_attention(q[None], parts[0], entries, None, sink, 128)[0]
     close = 2e-6 if spread == 1.0 else 0.02  # the exponential of a score of hundreds is that much less exact
@@ -109,8 +114,7 @@ def test_index_scores(heads: int, keys: int) -> None:
 
 def test_experts_and_pooling() -> None:
     gate_up = torch.randn(6, 256) * 20
-    one_behind_the_other = np.stack(np.split(gate_up.numpy(), 2, axis=1))
-    _close(one_token.swiglu(one_behind_the_other, 10.0), moe.swiglu(gate_up, 10.0))
+    _close(one_token.swiglu(gate_up.numpy(), 10.0), moe.swiglu(gate_up, 10.0))
     logits = torch.tensor([-60.0, -3.0, 0.0, 5.0, 19.9, 20.1, 80.0])
     _close(one_token.router_scores(logits.numpy()), torch.nn.functional.softplus(logits).sqrt())
     kv, gate = torch.randn(1, 8, 64), torch.randn(1, 8, 64)
@@ -126,4 +130,14 @@ def test_choices_settle_ties_towards_the_lower_index() -> None:
     assert one_token.largest(scores, 8).tolist() == list(range(8))
     assert one_token.best(scores, 3) == [1, 3, 5]
     many = torch.randn(5000).numpy()
+    before = many.copy()
     assert one_token.largest(many, 512).tolist() == torch.from_numpy(many).topk(512).indices.sort().values.tolist()
+    assert np.array_equal(many, before)
+
+
+@pytest.mark.parametrize("rows", [6, 40])  # read in order first, and not
+def test_chosen_rows_below_the_window(rows: int) -> None:
+    random = np.random.default_rng(0)
+    window, entries = random.standard_normal((3, 16), np.float32), random.standard_normal((rows, 16), np.float32)
+    got = one_token.below(window, entries, np.array([0, 2, 3, 5]))
+    assert np.array_equal(got, np.concatenate((window, entries[[0, 2, 3, 5]])))
