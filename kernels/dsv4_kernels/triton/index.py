@@ -23,7 +23,7 @@ from ..linear import E2M1_VALUES
 from ..rounding import E4M3_LARGEST, power_of_two_scale
 from . import index_far
 from .gpu import is_hopper
-from .packing import PDL, begin
+from .packing import PDL, begin, from_e2m1
 from .rows import SEGMENT_ROWS
 from .select import GROUP, select_best
 from .select_one import MOST, select_one
@@ -59,40 +59,7 @@ def _code_values(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _both_nibbles(code, values):
-    """e2m1 codes, two a byte, as e4m3: those of the low and those of the high nibbles.  values: from `_code_values`."""
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 magnitude, high, low, first, second, sign;
-        and.b32 magnitude, $2, 0x77777777;
-        shr.u32 high, magnitude, 16;
-        prmt.b32 first, $3, $7, magnitude;
-        prmt.b32 second, $3, $7, high;
-        prmt.b32 low, first, second, 0x6420;
-        prmt.b32 high, first, second, 0x7531;
-        shl.b32 sign, $2, 4;
-        lop3.b32 $0, sign, 0x80808080, low, 0xea;
-        lop3.b32 $1, $2, 0x80808080, high, 0xea;
-        }
-        """,
-        "=r,=r,r,r,r,r,r,r,r,r,r",
-        [code, values.to(tl.int32), (values >> 32).to(tl.int32)],
-        dtype=(tl.uint8, tl.uint8),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _nibble(code, values):
-    """As `_both_nibbles`, of the low nibbles only and without machine code, for Triton's interpreter."""
-    magnitude = (values >> ((code & 7) * 8).to(tl.int64)) & 0xFF
-    return (magnitude.to(tl.int32) | ((code & 8) << 4)).to(tl.uint8)
-
-
-@triton.jit
-def _unpacked(segments_ptr, values_ptr, key, shown, C: tl.constexpr, INTERPRETED: tl.constexpr):
+def _unpacked(segments_ptr, values_ptr, key, shown, C: tl.constexpr):
     """Packed keys number ``key`` [N]: even and odd channels, e4m3 [N, C/2] each, and the keys' scales, float32 [N]."""
     ROW: tl.constexpr = C // 2 + C // 32
     ALIGNED: tl.constexpr = 4 if ROW % 4 == 0 else 1
@@ -107,11 +74,7 @@ def _unpacked(segments_ptr, values_ptr, key, shown, C: tl.constexpr, INTERPRETED
     values = tl.load(values_ptr + tl.minimum(most[:, None] - exponent, 31))[:, :, None]
     byte = block[:, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     code = tl.load(row[:, :, None] + byte, mask=shown[:, None, None], other=0)
-    if INTERPRETED:
-        even, odd = _nibble(code.to(tl.int32), values), _nibble(code.to(tl.int32) >> 4, values)
-    else:
-        code, values = tl.broadcast(code, values)
-        even, odd = _both_nibbles(code, values)
+    even, odd = from_e2m1(code, values)
     keys: tl.constexpr = key.shape[0]
     even = tl.reshape(even, (keys, C // 2)).to(tl.float8e4nv, bitcast=True)
     odd = tl.reshape(odd, (keys, C // 2)).to(tl.float8e4nv, bitcast=True)
@@ -127,11 +90,10 @@ def _unpack_keys(
     count,
     C: tl.constexpr,
     KEYS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     shown = key < count
-    even, odd, scale = _unpacked(segments_ptr, values_ptr, key, shown, C, INTERPRETED)
+    even, odd, scale = _unpacked(segments_ptr, values_ptr, key, shown, C)
     place = keys_ptr + key.to(tl.int64)[:, None] * C + tl.arange(0, C // 2)[None, :]
     tl.store(place, even, mask=shown[:, None])
     tl.store(place + C // 2, odd, mask=shown[:, None])
@@ -161,7 +123,6 @@ def _scores(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PACKED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Scores of QUERIES queries and up to ``chunk`` keys, and the largest of every GROUP.
 
@@ -193,7 +154,7 @@ def _scores(
         shown = key < end
         if PACKED:
             segments = segments_ptr + (first + tl.program_id(0)).to(tl.int64) * segments_stride
-            even, odd, scale = _unpacked(segments, values_ptr, key, shown, C, INTERPRETED)
+            even, odd, scale = _unpacked(segments, values_ptr, key, shown, C)
             products = tl.dot(odd, q_odd, tl.dot(even, q_even))
         else:
             # Keys are padded to whole tiles with what was in memory; it is masked below.
@@ -269,14 +230,12 @@ def choose_entries(
     slab = max(1, min(queries, scratch_bytes // (8 * stride + 8 * stride // GROUP)))
     heads_padded = max(16 if own else 8, triton.next_power_of_2(heads))
     tile = 1 if own else max(1, 128 // heads_padded)
-    values, interpreted = _code_values(device), triton.knobs.runtime.interpret
+    values = _code_values(device)
     keys = scales = position_S  # not read
     if most > topk and not own:
         keys = torch.empty(stride, channels, dtype=torch.float8_e4m3fn, device=device)
         scales = torch.empty(stride, dtype=torch.float32, device=device)
-        _unpack_keys[(triton.cdiv(most, 64),)](
-            segments, values, keys, scales, most, C=channels, KEYS=64, INTERPRETED=interpreted, num_warps=4
-        )
+        _unpack_keys[(triton.cdiv(most, 64),)](segments, values, keys, scales, most, C=channels, KEYS=64, num_warps=4)
         slab = max(tile, slab // tile * tile)
     score = torch.empty(slab, stride if most > topk else 0, dtype=torch.float32, device=device)
     entry = torch.empty_like(score, dtype=torch.int32)
@@ -309,7 +268,6 @@ def choose_entries(
                 QUERIES=tile,
                 KEYS=64,
                 PACKED=own,
-                INTERPRETED=interpreted,
                 num_warps=4,
                 num_stages=3,
                 maxnreg=None if own else 128,  # four programs a multiprocessor

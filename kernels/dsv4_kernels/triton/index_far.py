@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gpu import is_hopper
-from .packing import PDL, begin
+from .packing import PDL, begin, from_e2m1
+from .rounded import INTERPRETED
 from .rows import SEGMENT_ROWS
 from .select import _rank
 
@@ -29,7 +30,6 @@ KEYS, TILES = 128, 2  # of a program of `score_far`
 HOPPER_TILES = 4  # of 64 keys, of a program of `score_far_hopper`
 
 _SEGMENT = tl.constexpr(SEGMENT_ROWS)
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _ROW = tl.constexpr(68)  # 64 bytes of codes, 4 of scales
 _TABLE = tl.constexpr(0x7C7874706C686000)  # e2m1's magnitudes times 2^6 as e4m3
 _STEP = tl.constexpr(0x0808080808080800)  # half of each
@@ -42,39 +42,6 @@ def _halved(values_ptr, shift):
     low = shift > _EXACT
     rare = tl.load(values_ptr + shift, mask=low, other=0)
     return tl.where(low, rare, _TABLE - shift.to(tl.int64) * _STEP)
-
-
-@triton.jit
-def _nibbles(code, values):
-    """As index._both_nibbles."""
-    if _INTERPRETED:
-        code = code.to(tl.int32)
-        even = ((values >> ((code & 7) * 8).to(tl.int64)) & 0xFF).to(tl.int32) | ((code & 8) << 4)
-        odd = ((values >> ((code >> 4 & 7) * 8).to(tl.int64)) & 0xFF).to(tl.int32) | (code & 0x80)
-        return even.to(tl.uint8), odd.to(tl.uint8)
-    else:
-        code, values = tl.broadcast(code, values)
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 magnitude, high, low, first, second, sign;
-            and.b32 magnitude, $2, 0x77777777;
-            shr.u32 high, magnitude, 16;
-            prmt.b32 first, $3, $7, magnitude;
-            prmt.b32 second, $3, $7, high;
-            prmt.b32 low, first, second, 0x6420;
-            prmt.b32 high, first, second, 0x7531;
-            shl.b32 sign, $2, 4;
-            lop3.b32 $0, sign, 0x80808080, low, 0xea;
-            lop3.b32 $1, $2, 0x80808080, high, 0xea;
-            }
-            """,
-            "=r,=r,r,r,r,r,r,r,r,r,r",
-            [code, values.to(tl.int32), (values >> 32).to(tl.int32)],
-            dtype=(tl.uint8, tl.uint8),
-            is_pure=True,
-            pack=4,
-        )
 
 
 @triton.jit
@@ -97,11 +64,11 @@ def score_far(
 
     Keys are fetched while the kernels in front run, but for those of the program whose last key may be this token's.
     """
-    if not _INTERPRETED:
+    if not INTERPRETED:
         gdc_launch_dependents()
     visible = ((tl.load(position_ptr) + 1) // ratio).to(tl.int32)
     first = tl.program_id(0) * (KEYS * TILES)
-    if not _INTERPRETED:
+    if not INTERPRETED:
         if first + KEYS * TILES >= visible:
             gdc_wait()
     if first < visible:
@@ -118,7 +85,7 @@ def score_far(
             shown = key < visible
             words += (tl.load((row + 64).to(tl.pointer_type(tl.int32)), mask=shown, other=0),)  # type: ignore[assignment]
             codes += (tl.load(row[:, None, None] + byte, mask=shown[:, None, None], other=0),)  # type: ignore[assignment]
-        if not _INTERPRETED:
+        if not INTERPRETED:
             gdc_wait()
         head = tl.arange(0, HEADS)
         real = head < heads
@@ -133,7 +100,7 @@ def score_far(
             )
             exponent = (word[:, None] >> (block * 8)) & 0xFF
             values = _halved(values_ptr, tl.minimum(most[:, None] - exponent, 31))
-            even, odd = _nibbles(codes[tile], values[:, :, None])
+            even, odd = from_e2m1(codes[tile], values[:, :, None])
             even = tl.reshape(even, (KEYS, 64)).to(tl.float8e4nv, bitcast=True)
             odd = tl.reshape(odd, (KEYS, 64)).to(tl.float8e4nv, bitcast=True)
             products = tl.dot(odd, q_odd, tl.dot(even, q_even))

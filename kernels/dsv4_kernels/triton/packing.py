@@ -13,13 +13,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..rounding import FP4_AMAX_FLOOR
-from .rounded import round_block
+from .rounded import INTERPRETED, round_block
 
 PDL = not triton.knobs.runtime.interpret  # launches overlap (programmatic dependent launch, see `begin`)
 
 _FP4_FLOOR = tl.constexpr(FP4_AMAX_FLOOR)
 # Triton's interpreter cuts bf16 off where a GPU rounds, and multiplies its bits as integers.
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def check_inputs(*expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
@@ -38,7 +37,7 @@ def begin():
 
     Every program has to come here, since the kernel after next relies on it.
     """
-    if not _INTERPRETED:
+    if not INTERPRETED:
         gdc_launch_dependents()
         gdc_wait()
 
@@ -49,7 +48,7 @@ def begin_alone():
 
     A large kernel that waits keeps the device from what other streams have ready.
     """
-    if not _INTERPRETED:
+    if not INTERPRETED:
         gdc_wait()
         gdc_launch_dependents()
 
@@ -57,7 +56,7 @@ def begin_alone():
 @triton.jit
 def fetch(pointer, BYTES: tl.constexpr, LINES: tl.constexpr):
     """Start to bring up to LINES x 128 bytes to the L2 cache: weights, which need not wait for the kernel before."""
-    if not _INTERPRETED:
+    if not INTERPRETED:
         line = tl.arange(0, LINES) * 128
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.lt.s32 p, $2, $3; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
@@ -72,7 +71,7 @@ def fetch(pointer, BYTES: tl.constexpr, LINES: tl.constexpr):
 @triton.jit
 def to_bf16(x):
     """float32 to bf16, to nearest, ties to even."""
-    if _INTERPRETED:
+    if INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         return tl.where(x == x, even, 0x7FC00000).to(tl.float32, bitcast=True).to(tl.bfloat16)
@@ -85,7 +84,7 @@ def to_bf16(x):
 @triton.jit
 def pinned(x):
     """bf16 ``x`` as it is.  The compiler may not compute it twice, once for each layout that its readers want."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return x
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
 
@@ -93,7 +92,7 @@ def pinned(x):
 @triton.jit
 def product(a, b):
     """a b in float32, rounded, wherever it goes: a plain product may or may not become part of a sum behind it."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return a * b
     return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=1)
 
@@ -101,7 +100,7 @@ def product(a, b):
 @triton.jit
 def bf16_dot(a, b, acc):
     """acc + a b for bf16 a and b, products exact, sums in float32."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc)
 
@@ -190,6 +189,42 @@ def to_e2m1(v):
     code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
     code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
     return code | ((v.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def from_e2m1(code, values):
+    """e2m1 codes, two a byte, as e4m3: those of the low and those of the high nibbles, uint8 each.
+
+    values: int64, the eight magnitudes as e4m3 with which a code's three bits pick their byte; broadcastable to code.
+    """
+    if INTERPRETED:
+        code = code.to(tl.int32)
+        even = ((values >> ((code & 7) * 8).to(tl.int64)) & 0xFF).to(tl.int32) | ((code & 8) << 4)
+        odd = ((values >> ((code >> 4 & 7) * 8).to(tl.int64)) & 0xFF).to(tl.int32) | (code & 0x80)
+        return even.to(tl.uint8), odd.to(tl.uint8)
+    else:
+        code, values = tl.broadcast(code, values)
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 magnitude, high, low, first, second, sign;
+            and.b32 magnitude, $2, 0x77777777;
+            shr.u32 high, magnitude, 16;
+            prmt.b32 first, $3, $7, magnitude;
+            prmt.b32 second, $3, $7, high;
+            prmt.b32 low, first, second, 0x6420;
+            prmt.b32 high, first, second, 0x7531;
+            shl.b32 sign, $2, 4;
+            lop3.b32 $0, sign, 0x80808080, low, 0xea;
+            lop3.b32 $1, $2, 0x80808080, high, 0xea;
+            }
+            """,
+            "=r,=r,r,r,r,r,r,r,r,r,r",
+            [code, values.to(tl.int32), (values >> 32).to(tl.int32)],
+            dtype=(tl.uint8, tl.uint8),
+            is_pure=True,
+            pack=4,
+        )
 
 
 @triton.jit

@@ -40,7 +40,7 @@ _EXACT = gl.constexpr(11)  # halvings up to which none becomes subnormal
 
 @gluon.jit
 def _unpacked(code, low, high):
-    """Words of codes as e4m3: low nibbles, high nibbles, int32 [R, 16] each.  See index._both_nibbles."""
+    """Words of codes as e4m3: low nibbles, high nibbles, int32 [R, 16] each.  See packing.from_e2m1."""
     return gl.inline_asm_elementwise(
         """
         {
