@@ -214,6 +214,7 @@ def _run(
             with work_bar(task.name) as update:
                 run(task, cells, model, filler, drawing, record, _Screen(cells, model, record, update))
         except BaseException:  # Ctrl-C as well: what was answered is kept and counted
+            record.reread()
             if record.lines:
                 found()
                 note(f"{folder} keeps what was answered; the same command goes on from there")

@@ -149,6 +149,11 @@ class Record:
         os.fsync(self._samples.fileno())
         self._lines[line.cell, line.question] = line
 
+    def reread(self) -> None:
+        """Count what the file holds: Ctrl-C may fall between a line's way to the disk and its being counted."""
+        self._samples.flush()
+        self._lines = _repaired(self.folder / SAMPLES, self._samples)
+
     def write_results(self, results: Mapping[str, Json]) -> None:
         """Replace results.json."""
         _write(self.folder / RESULTS, results)

@@ -180,6 +180,23 @@ def test_ctrl_c_keeps_what_was_answered_and_the_same_command_ends_it(model: Path
     )
 
 
+def test_ctrl_c_while_the_first_answer_goes_to_the_disk_keeps_it(
+    model: Path, notes: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def once(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == "samples.jsonl":
+            monkeypatch.setattr("os.fsync", fsync)
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
+    fsync = os.fsync
+    monkeypatch.setattr("os.fsync", once)
+    done = cli("eval", "needle", "--model", model, "--file", notes, *SHORT, "--out", "cut")
+    assert done.code == 130
+    assert "cut keeps what was answered" in done.err
+    assert json.loads(Path("cut/results.json").read_text("utf-8"))["questions"]["done"] == 1
+
+
 def test_help_names_every_task_with_an_example(cli: Cli) -> None:
     overview = cli("eval", "--help")
     for name in ("needle", "needle-batch"):

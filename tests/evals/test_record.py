@@ -71,6 +71,24 @@ def test_a_kill_at_any_byte_loses_at_most_the_last_line(tmp_path: Path) -> None:
         assert all(json.loads(row) for row in rows)
 
 
+def test_ctrl_c_between_a_line_and_its_count_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk takes longest, so that is where Ctrl-C falls."""
+    with start(tmp_path) as record:
+        record.add(line())
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                record.add(line(question=1))
+        record.reread()
+        assert record.lines == read_run(tmp_path)[1] == [line(), line(question=1)]
+        record.add(line("z"))
+    assert read_run(tmp_path)[1] == [line(), line(question=1), line("z")]
+
+
+def interrupted(descriptor: int) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("left", [["samples.jsonl"], [".run.json.part"], ["samples.jsonl", ".run.json.part"], []])
 def test_a_kill_in_the_first_moment_leaves_nothing_in_the_way(tmp_path: Path, left: list[str]) -> None:
     for name in left:
