@@ -131,9 +131,12 @@ def _show_memory(memory: dict[str, Any]) -> None:
     rows = [["weights", file_size(memory["weights"]), held]]
     if memory["unpacked"]:
         rows.append(["a matrix unpacked", file_size(memory["unpacked"]), "at a time"])
+    chunks = f"in chunks of {count(memory['chunk'])} tokens"
+    if memory["lanes"] > 1:
+        chunks += f", {memory['lanes']} at a time"
     rows += [
         ["cache", file_size(memory["kv"]), memory["kv_dtype"]],
-        ["working set", file_size(memory["working_set"]), f"in chunks of {count(memory['chunk'])} tokens"],
+        ["working set", file_size(memory["working_set"]), chunks],
         ["needed", file_size(memory["needed"]), f"of {file_size(memory['available'])} available"],
     ]
     table(title, ["", "", ""], rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv4_kernels.attention import dense_attention, gathered_attention, window_attention
 from dsv4_kernels.linear import grouped_linear, linear, stacked_linear
-from dsv4_kernels.norm import rms_norm
+from dsv4_kernels.norm import inverse_rms, rms_norm
 from dsv4_kernels.rope import rope_phases, rotate
 
 from .compressor import Compressor
@@ -102,13 +102,14 @@ class Attention:
         qr_SL, kv_SC = stacked_linear(u_SD, self.wq_a_wkv).split([config.q_lora_rank, config.head_dim], -1)
         qr_SL = rms_norm(qr_SL, self.q_norm, eps)
         q_SHC = linear(qr_SL, self.wq_b).float().unflatten(-1, (-1, config.head_dim))
-        q_SHC = rotate(rms_norm(q_SHC, None, eps), chunk.query_phases[self.ratio])
+        q_SHC *= inverse_rms(q_SHC, eps)  # in place, here and below: the widest tensors of a layer
+        q_SHC = rotate(q_SHC, chunk.query_phases[self.ratio], out=q_SHC)
         kv_SC = self.fmt.rounded(rotate(rms_norm(kv_SC.float(), self.kv_norm, eps), chunk.phases[self.ratio][:, 0]))
         window_RC = torch.cat([state.window, kv_SC])
         state.window = window_RC[max(0, window_RC.shape[0] - config.sliding_window + 1) :].clone()
 
         o_SHC = self._attend(q_SHC, window_RC, qr_SL, u_SD, chunk, state)
-        o_SHC = rotate(o_SHC, chunk.back_phases[self.ratio]).to(u_SD.dtype)
+        o_SHC = rotate(o_SHC, chunk.back_phases[self.ratio], out=o_SHC).to(u_SD.dtype)
         o_SGX = o_SHC.reshape(u_SD.shape[0], self.groups.stop - self.groups.start, -1)
         return self.ranks.sum(linear(grouped_linear(o_SGX, self.wo_a), self.wo_b))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dsv4_engine.placement import available_memory
+from dsv4_engine.free_memory import available_memory
 from dsv4_engine.roofline import Device
 
 _RUNS = 5

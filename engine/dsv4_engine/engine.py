@@ -17,13 +17,15 @@ from .config import ModelConfig
 from .device_map import AUTO, Limits, chosen_map
 from .errors import DeviceError, InputError
 from .following import LeadingModel, lead
+from .free_memory import available_memory
 from .gpu.choice import with_triton
+from .lanes import Lanes
 from .locate import resolve_model
 from .model import Model
 from .offload.disk import ExpertFiles
 from .offload.store import ExpertStore
 from .part import Part
-from .placement import MemoryPlan, available_memory, memory_plan
+from .placement import MemoryPlan, memory_plan
 from .ranks import join, launched
 from .session import Progress, Session
 from .source import Source
@@ -120,7 +122,9 @@ class Engine:
             held = weights if ranks.count == 1 else Part(weights, config, ranks)
             if limits.cpu is None and ranks.beside > 1:  # the processes of one machine share its memory
                 limits = replace(limits, cpu=available_memory() // ranks.beside)
-            plan = memory_plan(config, held, str(backend.device), dtype, kv_dtype, planned, limits, where)
+            plan = memory_plan(
+                config, held, str(backend.device), dtype, kv_dtype, planned, limits, where, alone=ranks.count == 1
+            )
             if ranks.leads:  # only now, so that what is wrong with the files or the arguments is said once
                 formats = {"dtype": dtype, "kv_dtype": kv_dtype}
                 lead(ranks, path=path, device=device, **formats, ctx=ctx, limits=limits, device_map=device_map)
@@ -160,12 +164,16 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty sequence."""
-        return Session(self.model, self.model.new_state(), [], self.ctx, self.chunk, self._step)
+        return Session(self.model, self.model.new_state(), [], self.ctx, self.chunk, self._step, self._lanes)
 
     @cached_property
     def _step(self) -> TokenStep | None:
         small = self.plan.expand and self.plan.weights < SMALL_WEIGHTS and self.model.ranks.count == 1
         return TokenStep(self.model) if small and TokenStep.possible(self.model) else None
+
+    @cached_property
+    def _lanes(self) -> Lanes | None:
+        return Lanes(self.model, self.plan.lanes) if self.plan.lanes > 1 else None
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None] | None:

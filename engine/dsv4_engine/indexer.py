@@ -40,7 +40,7 @@ class Indexer:
         keys = state.index_keys
         assert keys is not None
         q_SHC = linear(qr_SL, self.wq_b).float().unflatten(-1, (self.heads, self.channels))
-        q_SHC = keys.fmt.queries(rotate(q_SHC, chunk.index_phases))
+        q_SHC = keys.fmt.queries(rotate(q_SHC, chunk.index_phases, out=q_SHC))
         weights_SH = linear(u_SD, self.weights_proj).float() * (self.channels * self.heads) ** -0.5
 
         def key_tiles(count: int) -> Iterator[tuple[int, Tensor]]:

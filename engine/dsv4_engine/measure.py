@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
+from threading import Lock, local
 from typing import Any, Protocol
 
 import numpy as np
@@ -173,7 +174,7 @@ def measure(
 
 def _clock(engine: Engine) -> Clock:
     if engine.backend.name != "triton":
-        return Stopwatch(engine.device)
+        return Stopwatch(engine.device, engine.plan.lanes)
     from dsv4_engine.gpu.breakdown import KernelClock  # needs triton
 
     return KernelClock(engine.model)
@@ -236,18 +237,31 @@ def _number_of(kind: str, timed: ModelConfig, whole: ModelConfig | None) -> floa
 # ---- the stopwatch ---------------------------------------------------------------------------------------------------
 
 
+class _Calls(local):
+    """A thread's open calls.  inside: seconds of finished calls, one entry for each open call."""
+
+    def __init__(self) -> None:
+        self.inside: list[float] = []
+        self.kind, self.watching = OUTSIDE, False
+
+
 @dataclass
 class Stopwatch:
-    """Seconds by (part, kind of layer), each without what watched calls inside it took."""
+    """Seconds by (part, kind of layer), each without what watched calls inside it took.
+
+    Of calls in other threads than the watching one, which are chunks side by side, `lanes` at a time, the share.
+    """
 
     device: str
+    lanes: int = 1
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)
-    _inside: list[float] = field(default_factory=list)  # seconds of finished calls, one entry for each open call
-    _kind: str = OUTSIDE
+    _calls: _Calls = field(default_factory=_Calls)
+    _adding: Lock = field(default_factory=Lock)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While this lasts, every model's layers are timed; used by one thread at a time."""
+        """While this lasts, every model's layers are timed; one thread watches at a time."""
+        self._calls.watching = True
         kept = [(owner, name, owner.__dict__[name]) for owner, name, _ in _watched()]
         try:
             for owner, name, part in _watched():
@@ -259,20 +273,23 @@ class Stopwatch:
 
     def _timed(self, method: Callable[..., Any], part: str, opens: bool) -> Callable[..., Any]:
         def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-            kind = self._kind
+            calls = self._calls
+            kind = calls.kind
             if opens:
-                self._kind = {0: "window", 4: "csa", 128: "hca"}[layer.attn.ratio]
-            self._inside.append(0.0)
+                calls.kind = {0: "window", 4: "csa", 128: "hca"}[layer.attn.ratio]
+            calls.inside.append(0.0)
             before = now(self.device)
             try:
                 return method(layer, *args, **kwargs)
             finally:
                 took = now(self.device) - before
-                key = (part, self._kind)
-                self.seconds[key] = self.seconds.get(key, 0.0) + took - self._inside.pop()
-                if self._inside:
-                    self._inside[-1] += took
-                self._kind = kind
+                key = (part, calls.kind)
+                own = (took - calls.inside.pop()) * (1.0 if calls.watching else 1 / self.lanes)
+                with self._adding:
+                    self.seconds[key] = self.seconds.get(key, 0.0) + own
+                if calls.inside:
+                    calls.inside[-1] += took
+                calls.kind = kind
 
         return call
 

@@ -6,6 +6,7 @@ Letters: S tokens, J residual streams, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -123,17 +124,23 @@ class Model:
         ratios = self.config.mtp_compress_ratios
         return new_layer_state(self.config, ratios[0] if ratios else 0, self.kv_dtype, self.device)
 
-    def forward(self, token_ids_S: Tensor, state: SequenceState) -> Tensor:
+    def forward(
+        self, token_ids_S: Tensor, state: SequenceState, at_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Run int64 ids [S] after ``state.position`` tokens; advances the state; returns streams [S, J, D].
 
         The ids may lie on the host; on a GPU this returns before the work is done (see `wait`).
+        at_layer(i) is called before layer i is entered (see lanes.py).
         """
         token_ids_S = token_ids_S.to(self.device)
         for block in self.blocks:
             block.ffn.expect(token_ids_S)
         chunk = self._chunk(token_ids_S, state.position)
-        x_SJD = self._embedded(token_ids_S)[:, None].expand(-1, self.config.hc_mult, -1)
-        for block, layer in zip(self.blocks, state.layers, strict=True):
+        # Repeated in memory: torch multiplies batches of matrices that overlap one by one.
+        x_SJD = self._embedded(token_ids_S)[:, None].repeat(1, self.config.hc_mult, 1)
+        for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            if at_layer is not None:
+                at_layer(i)
             x_SJD = block.forward(x_SJD, chunk, layer)
         state.position += token_ids_S.shape[0]
         return x_SJD

@@ -10,27 +10,26 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Protocol
 
 from dsv4_engine.accounting import enough_bytes, kv_bytes, part_of, readable_bytes, sequence_state_bytes
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.device_map import DeviceMap, Limits, everything_on
 from dsv4_engine.errors import DeviceError, MemoryPlanError
+from dsv4_engine.free_memory import available_memory
 from dsv4_engine.weights import Spec
 from dsv4_kernels.tiling import CPU, GPU
 from dsv4_kernels.unpacked import unpacked_bytes
 
 EXPAND_SHARE = 0.25  # of the available memory that expanded weights may take
 MAX_WORKING_SET = 1 << 30  # of a chunk's activations on a CPU
+MAX_LANES = 4  # chunks that a CPU computes side by side (lanes.py): each takes its activations
 MIN_GPU_ACTIVATIONS = 512 << 20
-GPU_SHARE = 0.95  # of what is free: the rest goes to the libraries' own buffers and the allocator's rounding
 CPU_SHARE = 0.9  # of what is free that experts may fill it to, where no limit is given: others live here too
 PROGRAM = 96 << 20  # what a tokenizer and the libraries' buffers add to the program once it runs
 MIN_SLOTS = 4  # experts that are held at a time at least
 _MAPPED_AROUND = 64 << 10  # bytes that the system maps around a row of a file that is read
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class Tensors(Protocol):
@@ -61,6 +60,7 @@ class MemoryPlan:
     max_ctx: the longest context, in tokens, whose cache fits beside the rest; 0 when none does.
     slots: experts that memory holds at a time where they stay in the files; 0 where all are held like other weights.
     gpu_slots: the same for each GPU over memory.  experts: how many there are, of expert_bytes each.
+    lanes: chunks that are computed side by side.
     device_map: where everything lies.  rows: the plan line by line; rooms: bytes that may be used, by place.
     """
 
@@ -84,6 +84,7 @@ class MemoryPlan:
     device_map: DeviceMap
     rows: tuple[Row, ...]
     rooms: Mapping[str, int]
+    lanes: int = 1
 
     @property
     def needed(self) -> int:
@@ -110,10 +111,12 @@ def memory_plan(
     ctx: int = 131_072,
     limits: Limits = Limits(),  # noqa: B008  # frozen
     device_map: DeviceMap | None = None,
+    alone: bool = True,
 ) -> MemoryPlan:
     """Plan for one sequence of `ctx` tokens under torch's own operations; dtype: "float32" | "bfloat16".
 
     limits: of what may be used; None in them: what is free.  device_map: where experts stay; None decides by size.
+    alone: no other process computes a part of the model.
     Raises MemoryPlanError with the needed and the available size when it cannot fit, DeviceError for no such device.
     """
     if device != "cpu" and device_map is not None and device_map.apart():
@@ -128,12 +131,15 @@ def memory_plan(
     expanded = {name: _held(weights, name, dtype, rows, expand=True) for name in weights.specs}
     expand = sum(expanded.values()) <= EXPAND_SHARE * available and (device_map is None or not device_map.apart())
     held = expanded if expand else packed  # what needs no unpacking is used where it lies in the file
-    state = sequence_state_bytes(config)
+    state, lanes = sequence_state_bytes(config), 1
     if device == "cpu":
         # Expanded weights are cheap to read again, and 512 tokens keep a small model's activations in the caches;
         # packed ones are unpacked once a chunk, which 2048 tokens share.
         budget = min(MAX_WORKING_SET, max(0, available) // 16)
-        chunk = _chunk(working_bytes_per_token(config), budget, 512 if expand else 2048)
+        per_token = working_bytes_per_token(config)
+        chunk = _chunk(per_token, budget, 512 if expand else 2048)
+        if expand and alone:
+            lanes = max(1, min(MAX_LANES, _threads(), budget // (chunk * per_token)))
         unpacked = 0 if expand else _tile_bytes(weights)
     else:
         chunk = _chunk(gpu_bytes_per_token(config), max(MIN_GPU_ACTIVATIONS, available // 12), 8192)
@@ -141,7 +147,8 @@ def memory_plan(
 
     def besides(tokens: int) -> int:
         """Bytes beside weights at a context of so many tokens."""
-        return unpacked + _working_set(config, device, chunk, tokens) + kv_bytes(config, kv_dtype, tokens) + state
+        activations = _working_set(config, device, chunk, tokens, lanes)
+        return unpacked + activations + kv_bytes(config, kv_dtype, tokens) + state
 
     rest = available - besides(ctx) - sum(held.values())
     apart = device_map.apart() if device_map is not None else range(config.num_hidden_layers) if rest < 0 else ()
@@ -170,7 +177,7 @@ def memory_plan(
         weights_on_disk=sum(weights.nbytes(name) for name in weights.specs),
         unpacked=unpacked,
         kv=kv_bytes(config, kv_dtype, ctx) + state,
-        working_set=_working_set(config, device, chunk, ctx),
+        working_set=_working_set(config, device, chunk, ctx, lanes),
         chunk=chunk,
         available=available,
         expand=expand,
@@ -183,6 +190,7 @@ def memory_plan(
         device_map=device_map or everything_on(device, config.num_hidden_layers),
         rows=(),
         rooms={device: available + (program if device == "cpu" else 0)},
+        lanes=lanes,
     )
     object.__setattr__(plan, "rows", tuple(_rows(plan, held, weights)))
     if plan.needed > available:
@@ -224,19 +232,23 @@ def _expert_layer(name: str) -> int | str | None:
 
 def _tile_bytes(weights: Tensors) -> int:
     """What products with packed matrices unpack at a time (dsv4_kernels.unpacked)."""
+    widest = max((s.shape[1] for s in weights.specs.values() if len(s.shape) == 2), default=1)
+    return unpacked_bytes(widest, _threads())
+
+
+def _threads() -> int:
     import torch
 
-    widest = max((s.shape[1] for s in weights.specs.values() if len(s.shape) == 2), default=1)
-    return unpacked_bytes(widest, torch.get_num_threads())
+    return torch.get_num_threads()
 
 
-def _working_set(config: ModelConfig, device: str, chunk: int, ctx: int) -> int:
-    """Bytes of a chunk's activations, and of what grows with the context while it is computed."""
+def _working_set(config: ModelConfig, device: str, chunk: int, ctx: int, lanes: int) -> int:
+    """Bytes of the activations of chunks side by side, and of what grows with the context while they are computed."""
     if device != "cpu":
         rows = int(ctx * _unpacked_rows_per_token(config))
         return GPU.working_set + chunk * gpu_bytes_per_token(config) + rows
     size = min(chunk, ctx) * working_bytes_per_token(config)
-    return size + _score_tile(config, ctx) + _chosen_rows(config, chunk, ctx)
+    return min(lanes, -(-ctx // chunk)) * (size + _score_tile(config, ctx) + _chosen_rows(config, chunk, ctx))
 
 
 def _score_tile(config: ModelConfig, ctx: int) -> int:
@@ -315,7 +327,8 @@ def _rows(plan: MemoryPlan, held: Mapping[str, int], weights: Tensors) -> Iterat
     yield Row(plan.device, f"cache of {plan.ctx:,} tokens", plan.kv)
     if plan.unpacked:
         yield Row(plan.device, "tile being unpacked", plan.unpacked)
-    yield Row(plan.device, f"activations of {plan.chunk:,} tokens", plan.working_set)
+    beside = f"{plan.lanes} x " if plan.lanes > 1 else ""
+    yield Row(plan.device, f"activations of {beside}{plan.chunk:,} tokens", plan.working_set)
     if plan.device == "cpu":
         yield Row("cpu", "program", plan.program)
     if plan.slots:
@@ -353,77 +366,3 @@ def _next_step(plan: MemoryPlan, limits: Limits) -> str:
     if _limit(plan, limits) is not None:
         return f"Give at least {enough_bytes(plan.needed + plan.program)} (--cpu-mem), or use a smaller model."
     return f"Free memory, use a smaller model, or a machine with {readable_bytes(plan.needed)} of free memory."
-
-
-# ---- what is there ---------------------------------------------------------------------------------------------------
-
-
-def available_memory(device: str = "cpu") -> int:
-    """Bytes that can be used on a device now.  Raises DeviceError for an unknown or absent device.
-
-    For "cpu" what the system, the control group and the process' own limit leave, pages of files that can be dropped
-    counted as free.  For a GPU what no process has taken, and what this one's allocator keeps and does not use.
-    """
-    if device == "cpu":
-        import psutil
-
-        return max(0, min([int(psutil.virtual_memory().available), *_cgroup_free(), *_address_space_free()]))
-    if device.split(":")[0] != "cuda":
-        raise DeviceError(f"there is no device {device!r}", "Use cpu or cuda.")
-    import torch
-
-    index = device.partition(":")[2] or "0"
-    if not index.isdecimal() or not torch.cuda.is_available() or int(index) >= torch.cuda.device_count():
-        raise DeviceError(f"there is no device {device!r} on this machine", "Use --device cpu, or see `dsv4 doctor`.")
-    kept = torch.cuda.memory_reserved(int(index)) - torch.cuda.memory_allocated(int(index))
-    return int(GPU_SHARE * (torch.cuda.mem_get_info(int(index))[0] + kept))
-
-
-def _cgroup_free(root: Path = _CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What each limit on this process' control group and its parents leaves, for versions 1 and 2."""
-    try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        return  # no control groups on this system
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers not in ("", "memory"):
-            continue
-        base = root / "memory" if controllers else root
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        limit_name, usage_name, file_name = names if controllers else ("memory.max", "memory.current", "inactive_file")
-        group = base / path.lstrip("/")
-        # Inside a container the path may lie outside the mount: then only the root is there to ask.
-        for folder in (group, *group.parents):
-            limit, usage = _number(folder / limit_name), _number(folder / usage_name)
-            if limit is not None and usage is not None:
-                yield max(0, limit - max(0, usage - _statistic(folder / "memory.stat", file_name)))
-            if folder == base:
-                break
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
-
-
-def _statistic(path: Path, key: str) -> int:
-    try:
-        pairs = (line.split() for line in path.read_text().splitlines())
-        return next((int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] == key), 0)
-    except (OSError, ValueError):
-        return 0
-
-
-def _address_space_free() -> Iterator[int]:
-    """What `ulimit -v` leaves; files mapped already count against it."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        import psutil
-
-        yield limit - int(psutil.Process().memory_info().vms)

@@ -9,7 +9,9 @@ and its `cuts`, the places off the grid where a forward pass ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +23,7 @@ from .model import Model
 from .state import SequenceState
 
 if TYPE_CHECKING:
+    from .lanes import Lanes
     from .token_step import Floats, TokenStep
 
 Progress = Callable[[int, int], None]
@@ -42,9 +45,13 @@ class Session:
         ctx: int,
         chunk: int,
         step: TokenStep | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
-        """step: runs single tokens of a model so small that a few tokens are too little to share among threads."""
-        self._model, self._state, self._chunk, self._step = model, state, chunk, step
+        """step: runs single tokens of a model so small that a few tokens are too little to share among threads.
+
+        lanes: runs chunks of one so small that a chunk is.
+        """
+        self._model, self._state, self._chunk, self._step, self._lanes = model, state, chunk, step, lanes
         self.tokens, self.ctx = tokens, ctx
         self.cuts: list[int] = []
         self.on_chunk: Callable[[Session], None] | None = None
@@ -94,21 +101,19 @@ class Session:
     def _extend_by_chunks(self, ids: Tensor, logits: str, progress: Progress | None) -> Tensor:
         parts = []
         done = 0
-        while done < len(ids):
-            count = min(len(ids) - done, self._chunk - self.position % self._chunk)
-            part = ids[done : done + count]
-            streams = self._advance(part)
-            self._took(part.tolist())
-            done += count
-            if logits == "all":
-                parts += [self._logits(some) for some in streams.split(LOGIT_ROWS)]
-            elif logits in ("last", "device") and done == len(ids):
-                parts.append(self._logits(streams[-1:], there=logits == "device")[0])
-            else:
-                # So progress, times and Ctrl-C follow the work and not its queue (by a chunk, until the last).
-                self._model.wait(done == len(ids))
-            if progress is not None:
-                progress(done, len(ids))
+        with closing(self._advanced(ids)) as advanced:
+            for part, streams in advanced:
+                self._took(part.tolist())
+                done += len(part)
+                if logits == "all":
+                    parts += [self._logits(some) for some in streams.split(LOGIT_ROWS)]
+                elif logits in ("last", "device") and done == len(ids):
+                    parts.append(self._logits(streams[-1:], there=logits == "device")[0])
+                else:
+                    # So progress, times and Ctrl-C follow the work and not its queue (by a chunk, until the last).
+                    self._model.wait(done == len(ids))
+                if progress is not None:
+                    progress(done, len(ids))
         if logits == "none":
             return torch.empty(0)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -154,12 +159,12 @@ class Session:
         return self._with(self.tokens, self.cuts, self._state.fork(), self._whole)
 
     def fork_to_watch(self) -> Session:
-        """A fork whose single tokens run through the model's modules too, where they can be watched from outside.
+        """A fork that runs through the model's modules alone, in this thread, where they can be watched from outside.
 
         Slower, and alike up to float32 rounding.
         """
         fork = self.fork()
-        fork._step, fork._state.watched = None, True
+        fork._step, fork._lanes, fork._state.watched = None, None, True
         return fork
 
     def fork_whole(self) -> Session:
@@ -173,7 +178,7 @@ class Session:
         return self._with(tokens, [], state, state.mark())
 
     def _with(self, tokens: Sequence[int], cuts: Sequence[int], state: SequenceState, whole: SequenceState) -> Session:
-        other = Session(self._model, state, list(tokens), self.ctx, self._chunk, self._step)
+        other = Session(self._model, state, list(tokens), self.ctx, self._chunk, self._step, self._lanes)
         other.cuts, other._whole = list(cuts), whole
         return other
 
@@ -185,6 +190,20 @@ class Session:
             self._whole = self._state.mark()
             if self.on_chunk is not None:
                 self.on_chunk(self)
+
+    def _advanced(self, ids: Tensor) -> Generator[tuple[Tensor, Tensor]]:
+        """Token ids [S] chunk by chunk, each with its streams [S, J, D]; this session's state stands after it then."""
+        grid = -self.position % self._chunk  # tokens up to it
+        parts = [part for part in (ids[:grid], *ids[grid:].split(self._chunk)) if len(part)]
+        # Few rows of a product go other ways on more threads: only whole chunks have the same bits on any number.
+        for whole, group in groupby(parts, lambda part: len(part) == self._chunk):
+            some = list(group)
+            if whole and self._lanes is not None and len(some) > 1:
+                with closing(self._lanes.run(some, self._state)) as found:
+                    yield from zip(some, found, strict=True)
+            else:
+                for part in some:
+                    yield part, self._advance(part)
 
     def _advance(self, part: Tensor) -> Tensor:
         """Token ids [S] -> their streams [S, J, D]."""

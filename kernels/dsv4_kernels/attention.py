@@ -36,19 +36,6 @@ def _window_tile(window_RC: Tensor, start: int, end: int, queries: int, window: 
     return rows_RC, _window_bias(end - start, rows_RC.shape[0], window, rows_RC.device)
 
 
-def _attend(q_THC: Tensor, keys_XC: Tensor, bias_TX: Tensor | None, sink_H: Tensor) -> Tensor:
-    """softmax(q k + bias, with the sink in the denominator) k -> [T, H, C], float32; q comes scaled.
-
-    The last key must be zero: it stands for the sink, whose logit is set here and whose value adds nothing.
-    """
-    tile, heads, channels = q_THC.shape
-    logits = (q_THC.reshape(-1, channels) @ keys_XC.t()).view(tile, heads, -1)
-    if bias_TX is not None:
-        logits[..., :-1] += bias_TX[:, None]
-    logits[..., -1] = sink_H
-    return (torch.softmax(logits, -1, out=logits).view(tile * heads, -1) @ keys_XC).view(tile, heads, channels)
-
-
 def window_attention(q_SHC: Tensor, window_RC: Tensor, sink_H: Tensor, window: int) -> Tensor:
     """Attention of S queries over the last ``window`` positions: float32 [S, H, C].
 
@@ -73,20 +60,43 @@ def dense_attention(
     decreasing; None: all entries), and of those, where ``mask`` (bool [S, N]) is given, the ones it marks.
     """
     queries, heads, channels = q_SHC.shape
-    size = tiling(q_SHC.device)
-    zero_1C = window_RC.new_zeros(1, channels)
-    outs = []
-    for start, end in size.tiles(queries, (heads * 4 + 8) * (size.queries + window + entries_NC.shape[0])):
-        rows, bias = _window_tile(window_RC, start, end, queries, window)
-        count = entries_NC.shape[0] if visible_S is None else int(visible_S[end - 1])
-        if visible_S is not None and count:
-            shown = torch.arange(count, device=rows.device) < visible_S[start:end, None].to(rows.device)
-            if mask is not None:
-                shown &= mask[start:end, :count]
-            near = rows.new_zeros(end - start, rows.shape[0]) if bias is None else bias
-            bias = torch.cat([near, rows.new_zeros(shown.shape).masked_fill_(~shown, NEG_INF)], 1)
-        outs.append(_attend(q_SHC[start:end], torch.cat([rows, entries_NC[:count], zero_1C]), bias, sink_H))
-    return torch.cat(outs) if len(outs) > 1 else outs[0]
+    size, most = tiling(q_SHC.device), entries_NC.shape[0]
+    tile = size.near(heads)
+    out_SHC = torch.empty_like(q_SHC, memory_format=torch.contiguous_format)
+    scratch = None
+    for start, end in size.tiles(queries, (heads * 4 + 8) * (tile + window + most), tile):
+        rows_RC, bias = _window_tile(window_RC, start, end, queries, window)
+        near, far = rows_RC.shape[0], most if visible_S is None else int(visible_S[end - 1])
+        q_XC, out_XC = q_SHC[start:end].reshape(-1, channels), out_SHC[start:end].view(-1, channels)
+        if scratch is None:  # one piece of memory for all tiles: it stays near the core, and fresh pages cost a tenth
+            scratch = q_SHC.new_empty(q_XC.shape[0] * (min(tile, queries) + window + most))
+        logits_XN = scratch[: q_XC.shape[0] * (near + far + 1)].view(q_XC.shape[0], -1)
+        logits_THN = logits_XN.view(end - start, heads, -1)
+        torch.mm(q_XC, rows_RC.t(), out=logits_XN[:, :near])
+        if bias is not None:
+            logits_THN[..., :near] += bias[:, None]
+        if far:
+            torch.mm(q_XC, entries_NC[:far].t(), out=logits_XN[:, near:-1])
+            _hide(logits_THN[..., near:-1], start, end, mask, visible_S)
+        logits_THN[..., -1] = sink_H
+        torch.softmax(logits_XN, -1, out=logits_XN)
+        torch.mm(logits_XN[:, :near], rows_RC, out=out_XC)
+        if far:
+            torch.addmm(out_XC, logits_XN[:, near:-1], entries_NC[:far], out=out_XC)
+    return out_SHC
+
+
+def _hide(logits_THN: Tensor, start: int, end: int, mask: Tensor | None, visible_S: Tensor | None) -> None:
+    """-inf for the entries that queries [start, end) do not see, or that ``mask`` does not mark."""
+    device, far = logits_THN.device, logits_THN.shape[-1]
+    first = 0 if mask is not None or visible_S is None else int(visible_S[start])
+    shown_TN = None if mask is None else mask[start:end, :far]
+    if visible_S is not None and int(visible_S[start]) < far:
+        seen_TN = torch.arange(first, far, device=device) < visible_S[start:end, None].to(device)
+        shown_TN = seen_TN if shown_TN is None else shown_TN & seen_TN
+    if shown_TN is not None:
+        bias_TN = torch.zeros(shown_TN.shape, device=device).masked_fill_(~shown_TN, NEG_INF)
+        logits_THN[..., first:] += bias_TN[:, None]
 
 
 def gathered_attention(

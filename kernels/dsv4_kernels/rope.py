@@ -46,11 +46,19 @@ def rope_phases(positions_S: Tensor, freqs: Tensor, channels: int) -> Tensor:
     return phases
 
 
-def rotate(x: Tensor, phases: Tensor) -> Tensor:
+def rotate(x: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
     """``x`` turned by ``phases``; conjugate phases turn back.
 
     x: [..., C], contiguous in its last dim; phases: complex64 [..., C / 2], broadcastable to x's leading dims.
     Computed in float32, returned in x's dtype.  A phase of 1 leaves its two channels exactly as they are.
+    out: float32 memory of x's shape for the result, such as a float32 x itself.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = _pairs(x.float())
+    if out is not None:
+        torch.mul(pairs, phases, out=_pairs(out))
+        return out
     return torch.view_as_real(pairs * phases).flatten(-2).to(x.dtype)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -282,12 +282,11 @@ def test_the_model_multiplies_what_is_counted(tmp_path: Path, tokens: int) -> No
     with FlopCounterMode(display=False) as counter:
         session.extend([1])
     mine = _raw(decode_costs(c, tokens, kv_dtype="fp32"))
-    # Beyond what is counted: the sink's key, weighting the index heads, reading and writing the residual streams.
-    sinks = 4 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    # Beyond what is counted: weighting the index heads, reading and writing the residual streams.
     streams = c.num_hidden_layers * 2 * 2 * c.hidden_size * (c.hc_mult + c.hc_mult**2) + 2 * c.hc_mult * c.hidden_size
     scored = 2 * (tokens // 4) * c.compress_ratios.count(4) if tokens // 4 > c.index_topk else 0
     idle = 0 if scored else sum(x.flops for x in decode_costs(c, tokens) if x.operation.startswith("index"))
-    assert counter.get_total_flops() == mine + sinks + streams + scored * c.index_n_heads - idle
+    assert counter.get_total_flops() == mine + streams + scored * c.index_n_heads - idle
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from dsv4_engine import Engine
 from dsv4_engine.device_map import everything_on
 from dsv4_engine.errors import DeviceError
-from dsv4_engine.placement import GPU_SHARE, available_memory, gpu_bytes_per_token, memory_plan
+from dsv4_engine.free_memory import GPU_SHARE, available_memory
+from dsv4_engine.placement import gpu_bytes_per_token, memory_plan
 from dsv4_kernels.tiling import GPU
 from support.random_checkpoint import make_checkpoint
 

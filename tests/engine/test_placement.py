@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4_engine import placement
+from dsv4_engine import free_memory, placement
 from dsv4_engine.accounting import kv_bytes, sequence_state_bytes
 from dsv4_engine.checkpoint import Checkpoint
 from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import DeviceError, MemoryPlanError
-from dsv4_engine.placement import PROGRAM, available_memory, memory_plan, working_bytes_per_token
+from dsv4_engine.free_memory import available_memory
+from dsv4_engine.placement import PROGRAM, memory_plan, working_bytes_per_token
 from dsv4_engine.weights import Weights
 from dsv4_kernels.tiling import CPU
 from dsv4_kernels.unpacked import unpacked_bytes
@@ -167,7 +168,7 @@ def group(folder: Path, version: int, limit: str, usage: int, reclaimable: int) 
 
 def free(tmp_path: Path, membership: str) -> list[int]:
     (tmp_path / "membership").write_text(membership)
-    return list(placement._cgroup_free(tmp_path / "fs", tmp_path / "membership"))
+    return list(free_memory._cgroup_free(tmp_path / "fs", tmp_path / "membership"))
 
 
 def test_limits_of_version_2_and_its_parents(tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_odd_files_are_no_limit(tmp_path: Path) -> None:
     assert free(tmp_path, "0::/\n") == [0]
     (tmp_path / "fs" / "memory.stat").write_text("inactive_file many\n")
     assert free(tmp_path, "0::/\n") == [0]
-    assert list(placement._cgroup_free(tmp_path, tmp_path / "absent")) == []
+    assert list(free_memory._cgroup_free(tmp_path, tmp_path / "absent")) == []
 
 
 def test_a_process_limit_counts() -> None:

@@ -1,5 +1,7 @@
 """Attention in its three forms against softmax attention written out query by query."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -8,6 +10,16 @@ from dsv4_kernels.attention import dense_attention, gathered_attention, window_a
 from dsv4_kernels.tiling import Tiling
 
 RELATIVE_RMS = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_zero_by_chance() -> Iterator[None]:
+    """Memory that is taken without a value holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def written_out(q, rows, chosen, entries, sink, window):
@@ -49,7 +61,9 @@ def test_window(queries: int, before: int, window: int) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("queries", "before", "ratio"), [(1, 7, 4), (200, 7, 4), (5, 3, 128), (260, 0, 128)])
 def test_dense_entries(queries: int, before: int, ratio: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "tiling", lambda device: Tiling(queries=37, keys=1, working_set=1 << 26))
+    monkeypatch.setattr(
+        kernel, "tiling", lambda device: Tiling(queries=37, keys=1, working_set=1 << 26, rows=111, columns=1)
+    )
     position = 500
     visible = (torch.arange(position, position + queries) + 1) // ratio
     q, rows, entries, sink = inputs(queries, before, int(visible[-1]))

@@ -28,7 +28,9 @@ def test_scores_follow_the_equation() -> None:
 @pytest.mark.parametrize("tile", [7, 64, 1000])
 @pytest.mark.parametrize(("queries", "topk"), [(1, 10), (90, 16), (33, 200), (20, 500)])
 def test_choice_equals_a_full_sort(tile: int, queries: int, topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "tiling", lambda device: Tiling(queries=64, keys=tile, working_set=1 << 14))
+    monkeypatch.setattr(
+        kernel, "tiling", lambda device: Tiling(queries=64, keys=tile, working_set=1 << 14, rows=64, columns=5)
+    )
     visible = (torch.arange(900, 900 + queries) + 1) // 4
     # Small integers: scores are exact whatever the tiling, and tie often.
     q, w = torch.randint(-2, 3, (queries, 2, 8)).float(), torch.randint(-1, 2, (queries, 2)).float()
@@ -56,3 +58,12 @@ def test_first_queries_see_nothing() -> None:
     assert got[0].tolist() == [-1, -1]
     assert sorted(got[2].tolist()) == [-1, 0]
     assert (got[3] >= 0).all()
+
+
+@pytest.mark.parametrize("tile", [3, 100])
+def test_a_score_that_is_no_number_is_chosen_and_so_shows(tile: int) -> None:
+    q, w, keys = torch.randn(5, 2, 4), torch.rand(5, 2) + 0.1, torch.randn(40, 4)
+    keys[[7, 30]] = torch.nan
+    got = select_entries(q, w, tiled(keys, tile), torch.full((5,), 40), 6)
+    assert all({7, 30} <= set(row) and len(set(row)) == 6 for row in got.tolist())
+    assert (got.diff(dim=1) > 0).all()

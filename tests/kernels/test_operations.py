@@ -46,7 +46,10 @@ def test_rope_turns_interleaved_pairs_of_the_last_channels() -> None:
 def test_conjugate_phases_turn_back() -> None:
     x = torch.randn(4, 8)
     phases = rope_phases(torch.tensor([0, 1, 77_777, 1_048_575]), rope_frequencies(8, 1e4), 8)
-    torch.testing.assert_close(rotate(rotate(x, phases), phases.conj()), x)
+    turned = rotate(x, phases)
+    torch.testing.assert_close(rotate(turned, phases.conj()), x)
+    assert rotate(x, phases, out=x) is x
+    assert torch.equal(x, turned)
 
 
 def test_yarn_keeps_fast_channels_and_slows_slow_ones() -> None:

@@ -17,7 +17,8 @@ from ..config import FP4_BLOCK, FP8_BLOCK, ModelConfig
 from ..device_map import DeviceMap
 from ..errors import MemoryPlanError
 from ..formats import index_key_bytes, row_bytes
-from ..placement import MemoryPlan, Row, available_memory
+from ..free_memory import available_memory
+from ..placement import MemoryPlan, Row
 from ..weights import Form, Spec
 
 CHUNK = 8192  # tokens of a prefill chunk: fewer read the experts more often than their products take

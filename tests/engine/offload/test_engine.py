@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,11 @@ def test_logits_are_those_of_all_experts_held(folder: Path, packed: Engine, prog
     assert 4 < apart.plan.slots < 200 and not apart.plan.expand
     assert program + given - size < apart.plan.total("cpu") <= program + given
     store = apart.model.blocks[0].ffn.apart.store  # type: ignore[union-attr]
-    a, b = packed.session(), apart.session()
-    torch.testing.assert_close(a.extend(IDS, logits="all"), b.extend(IDS, logits="all"), rtol=1e-4, atol=1e-4)
+    # In the same chunks: less memory means shorter ones, which may round otherwise.
+    a, b = replace(packed, chunk=apart.chunk).session(), apart.session()
+    assert torch.equal(a.extend(IDS, logits="all"), b.extend(IDS, logits="all"))
     for token in IDS[:8]:
-        torch.testing.assert_close(a.extend([token]), b.extend([token]), rtol=1e-4, atol=1e-4)
+        assert torch.equal(a.extend([token]), b.extend([token]))
     assert store.usage.bytes == store.usage.fetched * size and store.pool.nbytes == apart.plan.slots * size
 
 

@@ -1,0 +1,123 @@
+"""Consecutive chunks of one sequence side by side, each on a thread of its own.
+
+For models so small that an operation is too little work to share among threads: handing its parts over, to cores that
+may not even share a cache, takes a quarter of the time.  Chunks walk through the layers one behind the other: one
+enters a layer when the one before it has left it, so every layer sees them in order and every result has the bits it
+has when they come one by one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from threading import Condition
+
+import torch
+from torch import Tensor
+
+from .allocator import keep_freed_memory
+from .model import Model
+from .state import LayerState, SequenceState
+
+
+class Lanes:
+    """``count`` chunks at a time, which share torch's threads."""
+
+    def __init__(self, model: Model, count: int) -> None:
+        self._model, self._count = model, count
+        keep_freed_memory()
+
+    def run(self, parts: Iterable[Tensor], state: SequenceState) -> Generator[Tensor]:
+        """Token ids [S] of consecutive chunks -> their streams [S, J, D], in order; after each, ``state`` stands there.
+
+        Close the iterator to stop early.  However it ends, ``state`` is the one after the last chunk that came out,
+        and nothing runs any more that could touch it.
+        """
+        running = [layer.mark() for layer in state.layers]
+        way, walks = _Way(self._model, self._count), deque[tuple[_Walk, Future[Tensor]]]()
+        pool = ThreadPoolExecutor(self._count, "lane")
+        left, ended = iter(parts), False
+        start, last = state.position, None
+
+        def begin(number: int) -> None:
+            nonlocal start, last
+            for part in islice(left, number):
+                last = _Walk(way, part, SequenceState(running, start), last)
+                walks.append((last, pool.submit(last.run)))
+                start += part.shape[0]
+
+        try:
+            begin(self._count + 1)  # one more than run, so that no thread waits for this one
+            while walks:
+                walk, streams = walks.popleft()
+                result = streams.result()
+                state.layers, state.position = walk.marks, walk.end
+                begin(1)
+                yield result
+            ended = True
+        finally:
+            with way.moved:
+                way.stopped = not ended
+                way.moved.notify_all()
+            if not ended:  # a walk that is under way writes behind the rows it shares with this state
+                state.layers = [layer.fork() for layer in state.layers]
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(way.threads)  # also for threads to come, which begin with what was set last
+
+
+class _Way:
+    """What the walks of a run share.  walking: how many are under way; moved: told whenever one has left a layer."""
+
+    def __init__(self, model: Model, lanes: int) -> None:
+        self.model, self.lanes, self.threads = model, lanes, torch.get_num_threads()
+        self.moved, self.walking, self.stopped = Condition(), 0, False
+
+
+class _Stopped(Exception):
+    """This chunk is not wanted any more, or the one before it failed."""
+
+
+class _Walk:
+    """One chunk's way through the layers.  marks: each layer's state as this chunk left it."""
+
+    def __init__(self, way: _Way, part: Tensor, state: SequenceState, before: _Walk | None) -> None:
+        self._way, self._part, self._state, self._before = way, part, state, before
+        self.end = state.position + part.shape[0]
+        self.marks: list[LayerState] = []
+        self.failed = False
+
+    @torch.inference_mode()
+    def run(self) -> Tensor:
+        way = self._way
+        with way.moved:
+            way.walking += 1
+        try:
+            streams = way.model.forward(self._part, self._state, self._at)
+            self._leave()
+            return streams
+        except BaseException:
+            self.failed = True
+            raise
+        finally:
+            self._before = None  # else every chunk would be kept by the next
+            with way.moved:
+                way.walking -= 1
+                way.moved.notify_all()
+
+    def _at(self, layer: int) -> None:
+        if layer:
+            self._leave()
+        way, before = self._way, self._before
+        with way.moved:
+            way.moved.wait_for(lambda: way.stopped or before is None or before.failed or len(before.marks) > layer)
+            if way.stopped or (before is not None and len(before.marks) <= layer):
+                raise _Stopped
+        # The last ones have the threads of those that are through; a result's bits do not depend on their number.
+        torch.set_num_threads(max(1, way.threads // min(way.lanes, way.walking)))
+
+    def _leave(self) -> None:
+        with self._way.moved:
+            self.marks.append(self._state.layers[len(self.marks)].mark())
+            self._way.moved.notify_all()
