@@ -32,12 +32,14 @@ class Lanes:
     def run(self, parts: Iterable[Tensor], state: SequenceState) -> Generator[Tensor]:
         """Token ids [S] of consecutive chunks -> their streams [S, J, D], in order; after each, ``state`` stands there.
 
+        A chunk has its share of the threads also when it is alone: what a product rounds to depends on their number.
         Close the iterator to stop early.  However it ends, ``state`` is the one after the last chunk that came out,
         and nothing runs any more that could touch it.
         """
         running = [layer.mark() for layer in state.layers]
-        way, walks = _Way(self._model, self._count), deque[tuple[_Walk, Future[Tensor]]]()
-        pool = ThreadPoolExecutor(self._count, "lane")
+        way, walks = _Way(self._model), deque[tuple[_Walk, Future[Tensor]]]()
+        threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self._count, "lane", torch.set_num_threads, (max(1, threads // self._count),))
         left, ended = iter(parts), False
         start, last = state.position, None
 
@@ -64,15 +66,14 @@ class Lanes:
             if not ended:  # a walk that is under way writes behind the rows it shares with this state
                 state.layers = [layer.fork() for layer in state.layers]
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(way.threads)  # also for threads to come, which begin with what was set last
+            torch.set_num_threads(threads)  # also for threads to come, which begin with what was set last
 
 
 class _Way:
-    """What the walks of a run share.  walking: how many are under way; moved: told whenever one has left a layer."""
+    """What the walks of a run share.  moved: told whenever one has left a layer."""
 
-    def __init__(self, model: Model, lanes: int) -> None:
-        self.model, self.lanes, self.threads = model, lanes, torch.get_num_threads()
-        self.moved, self.walking, self.stopped = Condition(), 0, False
+    def __init__(self, model: Model) -> None:
+        self.model, self.moved, self.stopped = model, Condition(), False
 
 
 class _Stopped(Exception):
@@ -91,8 +92,6 @@ class _Walk:
     @torch.inference_mode()
     def run(self) -> Tensor:
         way = self._way
-        with way.moved:
-            way.walking += 1
         try:
             streams = way.model.forward(self._part, self._state, self._at)
             self._leave()
@@ -103,7 +102,6 @@ class _Walk:
         finally:
             self._before = None  # else every chunk would be kept by the next
             with way.moved:
-                way.walking -= 1
                 way.moved.notify_all()
 
     def _at(self, layer: int) -> None:
@@ -114,8 +112,6 @@ class _Walk:
             way.moved.wait_for(lambda: way.stopped or before is None or before.failed or len(before.marks) > layer)
             if way.stopped or (before is not None and len(before.marks) <= layer):
                 raise _Stopped
-        # The last ones have the threads of those that are through; a result's bits do not depend on their number.
-        torch.set_num_threads(max(1, way.threads // min(way.lanes, way.walking)))
 
     def _leave(self) -> None:
         with self._way.moved:

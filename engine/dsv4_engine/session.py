@@ -195,10 +195,10 @@ class Session:
         """Token ids [S] chunk by chunk, each with its streams [S, J, D]; this session's state stands after it then."""
         grid = -self.position % self._chunk  # tokens up to it
         parts = [part for part in (ids[:grid], *ids[grid:].split(self._chunk)) if len(part)]
-        # Few rows of a product go other ways on more threads: only whole chunks have the same bits on any number.
+        # Whole chunks, and always these, go side by side, so that their bits do not depend on how many came together.
         for whole, group in groupby(parts, lambda part: len(part) == self._chunk):
             some = list(group)
-            if whole and self._lanes is not None and len(some) > 1:
+            if whole and self._lanes is not None:
                 with closing(self._lanes.run(some, self._state)) as found:
                     yield from zip(some, found, strict=True)
             else:

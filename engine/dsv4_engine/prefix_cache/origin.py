@@ -16,7 +16,7 @@ from .keys import Origin
 from .policy import Grid
 
 # Raised when the arithmetic or the order of bytes in rows.py changes: what was kept before is then no longer found.
-ARITHMETIC = 1
+ARITHMETIC = 2
 _READ_WHOLE = 64 << 20
 
 
@@ -34,6 +34,7 @@ def origin_of(engine: Engine) -> Origin:
         "dtype": engine.dtype,
         "expanded": engine.plan.expand,
         "chunk": grid.chunk,
+        "lanes": engine.plan.lanes,
         "segment": grid.segment,
         "backend": engine.backend.name,
         "torch": torch.__version__,
