@@ -150,6 +150,8 @@ def memory_plan(
         activations = _working_set(config, device, chunk, tokens, lanes)
         return unpacked + activations + kv_bytes(config, kv_dtype, tokens) + state
 
+    if available < besides(ctx) + sum(held.values()):
+        lanes = 1  # slower, where more would not fit
     rest = available - besides(ctx) - sum(held.values())
     apart = device_map.apart() if device_map is not None else range(config.num_hidden_layers) if rest < 0 else ()
     number, size = _experts(weights)

@@ -62,14 +62,14 @@ def dense_attention(
     queries, heads, channels = q_SHC.shape
     size, most = tiling(q_SHC.device), entries_NC.shape[0]
     tile = size.near(heads)
+    tiles = list(size.tiles(queries, (heads * 4 + 8) * (tile + window + most), tile))
     out_SHC = torch.empty_like(q_SHC, memory_format=torch.contiguous_format)
-    scratch = None
-    for start, end in size.tiles(queries, (heads * 4 + 8) * (tile + window + most), tile):
+    # One piece of memory for all tiles, the first the largest: it stays near the core, and fresh pages cost a tenth.
+    scratch = q_SHC.new_empty(tiles[0][1] * heads * (tiles[0][1] + window + most))
+    for start, end in tiles:
         rows_RC, bias = _window_tile(window_RC, start, end, queries, window)
         near, far = rows_RC.shape[0], most if visible_S is None else int(visible_S[end - 1])
         q_XC, out_XC = q_SHC[start:end].reshape(-1, channels), out_SHC[start:end].view(-1, channels)
-        if scratch is None:  # one piece of memory for all tiles: it stays near the core, and fresh pages cost a tenth
-            scratch = q_SHC.new_empty(q_XC.shape[0] * (min(tile, queries) + window + most))
         logits_XN = scratch[: q_XC.shape[0] * (near + far + 1)].view(q_XC.shape[0], -1)
         logits_THN = logits_XN.view(end - start, heads, -1)
         torch.mm(q_XC, rows_RC.t(), out=logits_XN[:, :near])

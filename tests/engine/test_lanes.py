@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_engine import Engine
+from dsv4_engine import Engine, placement
 from dsv4_engine.attention import Attention
+from dsv4_engine.device_map import Limits
 from dsv4_engine.lanes import Lanes
 from dsv4_engine.measure import Stopwatch
 from dsv4_engine.placement import MAX_LANES, memory_plan
@@ -210,8 +211,17 @@ def test_the_plan_counts_their_memory(engine: Engine) -> None:
     assert (one.lanes, two.lanes, many.lanes) == (1, 2, MAX_LANES)
     assert two.working_set == 2 * one.working_set and many.working_set == MAX_LANES * one.working_set
     assert memory_plan(engine.config, engine.weights, alone=False).lanes == 1
-    # A context of one chunk has nothing to compute beside it.
-    assert (
-        memory_plan(engine.config, engine.weights, ctx=one.chunk).working_set
-        == memory_plan(engine.config, engine.weights, ctx=one.chunk, alone=False).working_set
-    )
+
+
+def test_what_fits_one_after_the_other_is_not_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, weights, room = engine.config, engine.weights, 2 << 30
+    torch.set_num_threads(1)
+    one = memory_plan(config, weights, ctx=4096)
+    torch.set_num_threads(2)
+    monkeypatch.setattr(placement, "program_bytes", lambda: 0)
+    limits = Limits(cpu=room)
+    assert memory_plan(config, weights, ctx=4096, limits=limits).lanes == 2
+    assert one.kv < one.working_set
+    monkeypatch.setattr(placement, "kv_bytes", lambda *_: room - one.needed)  # a long context, in place of the real one
+    full = memory_plan(config, weights, ctx=4096, limits=limits)
+    assert (full.lanes, full.slots, full.working_set) == (1, 0, one.working_set)
