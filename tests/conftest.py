@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 # Before torch is imported anywhere: two cores are shared by whatever else runs, and results must not depend on them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +25,22 @@ def _nothing_of_the_developer(monkeypatch: pytest.MonkeyPatch, tmp_path_factory:
     monkeypatch.delenv("DSV4_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+
+
+def _draw_for(what: str) -> None:
+    torch.manual_seed(zlib.crc32(f"{os.environ.get('DSV4_TEST_SEED', '')} {what}".encode()))
+
+
+@pytest.fixture(autouse=True)
+def _random_numbers(request: pytest.FixtureRequest) -> None:
+    """A test's random numbers are its own, whichever tests its process ran before; DSV4_TEST_SEED=7 draws others."""
+    _draw_for(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    if fixturedef.scope != "function":
+        _draw_for(f"{request.node.nodeid} {fixturedef.argname}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
