@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 
 # Before torch is imported anywhere: two cores are shared by whatever else runs, and results must not depend on them.
@@ -12,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and they it in what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton reads this when a kernel is defined, and other libraries import kernels of their own.
 if not torch.cuda.is_available():
