@@ -160,8 +160,7 @@ def test_killed_and_continued(hub: Hub, tmp_path: Path) -> None:
     assert LARGE < had < 3 * LARGE
 
     hub.rate = None
-    hub.sent.clear()
-    hub.asked.clear()
+    hub.forget()
     done = ended(started(hub, tmp_path, REPO, "--dir", str(tmp_path / "own"), "--json"))
     assert done.code == 0, done.err
     assert shards_sent(hub) == 3 * LARGE - had
@@ -186,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(cli: Cli, hub: Hub, tmp_path: Path) -> None:
     assert "unfinished" in cli("run", "Why?", "--model", REPO).err
     had = kept(tmp_path)
     hub.rate = None
-    hub.sent.clear()
+    hub.forget()
     assert ended(started(hub, tmp_path / "home", REPO)).code == 0
     assert shards_sent(hub) == 3 * LARGE - had
 

@@ -62,6 +62,10 @@ class Hub:
     def trouble(self, name: str, **what: Any) -> None:
         self.troubles[name] = Trouble(**what)
 
+    def forget(self) -> None:
+        """Count anew.  What still goes out of requests before, to a client that was killed say, is not counted then."""
+        self.sent, self.asked = Counter(), []
+
     def siblings(self) -> list[dict[str, Any]]:
         """The listing's files, as the hub describes them when asked for blobs."""
         found = []
@@ -186,10 +190,11 @@ def hub_serving(files: Mapping[str, bytes]) -> Iterator[Hub]:
                 self.connection.close()
 
         def _write(self, name: str, body: bytes) -> None:
+            sent = hub.sent
             for at in range(0, len(body), PIECE):
                 piece = body[at : at + PIECE]
                 self.wfile.write(piece)
-                hub.sent[name] += len(piece)
+                sent[name] += len(piece)
                 if hub.rate:
                     time.sleep(len(piece) / hub.rate)
 
