@@ -16,9 +16,9 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from .device_sampling import Draw
-from .encoding import END_THINK, EOS
 from .errors import InputError, PromptError
 from .parsing import ParsedMessage, Piece, StreamParser
+from .protocol import END_THINK, EOS
 from .sampling import Sampler, Sampling
 
 Reason = Literal[

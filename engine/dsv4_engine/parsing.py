@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .encoding import DSML, END_THINK, EOS, SPECIAL_TOKENS
+from .protocol import DSML, END_THINK, EOS, SPECIAL_TOKENS
 
 PieceKind = Literal["thinking", "answer", "tool_call"]
 ProblemKind = Literal[

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from .encoding import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 from .errors import PromptError, TokenizerError
+from .protocol import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 
 # Without these no chat can be written or read; the tokens of tools, tasks and reminders are asked for at their use.
 REQUIRED_SPECIALS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)

@@ -52,7 +52,7 @@ def byte_tokenizer() -> str:
     """A tokenizer.json with the protocol's special tokens and one token a byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from dsv4_engine.encoding import BOS, EOS
+    from dsv4_engine.protocol import BOS, EOS
     from dsv4_engine.tokenizer import REQUIRED_SPECIALS
 
     specials = [BOS, EOS, *(token for token in REQUIRED_SPECIALS if token not in (BOS, EOS))]

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from dsv4_engine import encoding
-from dsv4_engine.encoding import (
+from dsv4_engine import protocol
+from dsv4_engine.encoding import encode_messages, encode_segments
+from dsv4_engine.errors import PromptError
+from dsv4_engine.protocol import (
     ASSISTANT,
     BOS,
     END_THINK,
@@ -21,10 +23,7 @@ from dsv4_engine.encoding import (
     SPECIAL_TOKENS,
     THINK,
     USER,
-    encode_messages,
-    encode_segments,
 )
-from dsv4_engine.errors import PromptError
 
 VECTORS = Path(__file__).parents[3] / "shared" / "facts" / "encoding"
 needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="the publisher's vectors are not beside the repository")
@@ -63,12 +62,12 @@ def call(name: str, arguments: Any, call_id: str | None = None) -> dict[str, Any
 @needs_vectors
 def test_protocol_strings() -> None:
     published = json.loads((VECTORS / "protocol-strings.json").read_text(encoding="utf-8"))
-    assert published["tools_section"] == encoding.TOOLS_SECTION
-    assert published["reasoning_effort_max"] == encoding.REASONING_EFFORT_MAX
-    assert published["response_format"] == encoding.RESPONSE_FORMAT
+    assert published["tools_section"] == protocol.TOOLS_SECTION
+    assert published["reasoning_effort_max"] == protocol.REASONING_EFFORT_MAX
+    assert published["response_format"] == protocol.RESPONSE_FORMAT
     tokens = published["special_tokens"]
-    assert tokens.pop("tasks") == encoding.TASKS
-    assert set(tokens.values()) | set(encoding.TASKS.values()) == set(SPECIAL_TOKENS)
+    assert tokens.pop("tasks") == protocol.TASKS
+    assert set(tokens.values()) | set(protocol.TASKS.values()) == set(SPECIAL_TOKENS)
     assert (tokens["bos"], tokens["eos"], tokens["end_think"]) == (BOS, EOS, END_THINK)
 
 
@@ -229,9 +228,9 @@ def test_thinking_is_the_default_mode() -> None:
     assert encode_messages([user()]) == encode_messages([user()], thinking_mode="thinking", reasoning_effort=None)
 
 
-@pytest.mark.parametrize("task", sorted(encoding.TASKS))
+@pytest.mark.parametrize("task", sorted(protocol.TASKS))
 def test_every_task_has_its_token(task: str) -> None:
-    assert encode_messages([user(task=task)], "chat").endswith(encoding.TASKS[task])
+    assert encode_messages([user(task=task)], "chat").endswith(protocol.TASKS[task])
 
 
 # -- effort
@@ -255,7 +254,7 @@ def test_high_effort_has_no_text() -> None:
 
 def test_tools_and_format_stand_behind_the_content_of_system_and_developer() -> None:
     schema = {"type": "object", "title": "é"}
-    section = encoding.TOOLS_SECTION
+    section = protocol.TOOLS_SECTION
     for name, token in (("dsml_token", "｜DSML｜"), ("thinking_start_token", THINK), ("thinking_end_token", END_THINK)):
         section = section.replace("{" + name + "}", token)
     line = '{"name": "look", "parameters": {"type": "object"}, "description": "naïve"}'

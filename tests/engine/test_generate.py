@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from dsv4_engine.encoding import END_THINK, EOS, SPECIAL_TOKENS
 from dsv4_engine.errors import InputError, PromptError
 from dsv4_engine.generate import (
     Answer,
@@ -28,6 +27,7 @@ from dsv4_engine.generate import (
     ToolCallEvent,
     generate,
 )
+from dsv4_engine.protocol import END_THINK, EOS, SPECIAL_TOKENS
 from dsv4_engine.sampling import LogitsError, Sampling
 from dsv4_engine.tokenizer import Tokenizer
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsv4_engine.encoding import ASSISTANT, BOS, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER, encode_messages
+from dsv4_engine.encoding import encode_messages
 from dsv4_engine.parsing import ParsedMessage, Piece, StreamParser, ToolCall, parse_completion
+from dsv4_engine.protocol import ASSISTANT, BOS, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER
 
 D = "｜DSML｜"
 

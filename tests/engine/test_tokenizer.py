@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv4_engine import tokenizer as module
-from dsv4_engine.encoding import ASSISTANT, BOS, DSML, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER, Segment
+from dsv4_engine.encoding import Segment
 from dsv4_engine.errors import PromptError, TokenizerError
+from dsv4_engine.protocol import ASSISTANT, BOS, DSML, END_THINK, EOS, SPECIAL_TOKENS, THINK, USER
 from dsv4_engine.tokenizer import Tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog, 12345 times\n", "naïve café déjà vu 北京 北京 🦊🦊 the the"]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dsv4_engine.encoding import EOS, SPECIAL_TOKENS, encode_messages
+from dsv4_engine.encoding import encode_messages
 from dsv4_engine.errors import InputError
+from dsv4_engine.protocol import EOS, SPECIAL_TOKENS
 from dsv4_engine.tokenizer import Tokenizer
 from dsv4_training import code_tree, corpus, episodes, evaluate, facts, leaks, membership, names, packing, tasks
 from dsv4_training.code_tree import CodeTree, SourceFile

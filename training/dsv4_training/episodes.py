@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from dsv4_engine.encoding import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
+from dsv4_engine.protocol import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 
 from . import dialogue, facts, filler
 from .corpus import Corpus

@@ -19,8 +19,8 @@ import tokenizers
 import torch
 
 from dsv4_engine import Engine
-from dsv4_engine.encoding import BOS
 from dsv4_engine.generate import Answer, generate
+from dsv4_engine.protocol import BOS
 from dsv4_engine.sampling import Sampling
 
 from . import episodes, facts, packing, tasks

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from dsv4_engine.encoding import END_THINK, EOS
+from dsv4_engine.protocol import END_THINK, EOS
 
 from . import packing
 from .episodes import Part, Seam, Special

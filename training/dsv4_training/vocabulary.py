@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dsv4_engine.encoding import SPECIAL_TOKENS
+from dsv4_engine.protocol import SPECIAL_TOKENS
 
 DIGITS = r"\p{N}{1,3}"
 WORDS = r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
