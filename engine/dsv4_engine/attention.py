@@ -5,6 +5,7 @@ Letters: S tokens of this call, D hidden, L q_lora_rank, H heads, C head_dim, N 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +97,13 @@ class Attention:
         if ratio == 4:
             self.indexer = Indexer(source.under("indexer"), config, compress_freqs)
 
-    def forward(self, u_SD: Tensor, chunk: Chunk, state: LayerState) -> Tensor:
-        """Attend from the chunk's tokens, u [S, D] in the model's dtype; advances ``state``; returns [S, D]."""
+    def forward(
+        self, u_SD: Tensor, chunk: Chunk, state: LayerState, advanced: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Attend from the chunk's tokens, u [S, D] in the model's dtype; advances ``state``; returns [S, D].
+
+        advanced is called once ``state`` stands behind the chunk, from when on it is only read.
+        """
         config, eps = self.config, self.config.rms_norm_eps
         qr_SL, kv_SC = stacked_linear(u_SD, self.wq_a_wkv).split([config.q_lora_rank, config.head_dim], -1)
         qr_SL = rms_norm(qr_SL, self.q_norm, eps)
@@ -107,11 +113,22 @@ class Attention:
         kv_SC = self.fmt.rounded(rotate(rms_norm(kv_SC.float(), self.kv_norm, eps), chunk.phases[self.ratio][:, 0]))
         window_RC = torch.cat([state.window, kv_SC])
         state.window = window_RC[max(0, window_RC.shape[0] - config.sliding_window + 1) :].clone()
+        self._compress(u_SD.float(), chunk, state)
+        if advanced is not None:
+            advanced()
 
         o_SHC = self._attend(q_SHC, window_RC, qr_SL, u_SD, chunk, state)
         o_SHC = rotate(o_SHC, chunk.back_phases[self.ratio], out=o_SHC).to(u_SD.dtype)
         o_SGX = o_SHC.reshape(u_SD.shape[0], self.groups.stop - self.groups.start, -1)
         return self.ranks.sum(linear(grouped_linear(o_SGX, self.wo_a), self.wo_b))
+
+    def _compress(self, u_SD: Tensor, chunk: Chunk, state: LayerState) -> None:
+        """Append the entries, and index keys, of the blocks that these tokens (float32 [S, D]) finish."""
+        if self.compressor is not None:
+            assert state.entries is not None and state.block is not None
+            state.entries.append(self.compressor.advance(u_SD, state.block, chunk.position))
+        if self.indexer is not None:
+            self.indexer.advance(u_SD, state, chunk.position)
 
     def _attend(
         self, q_SHC: Tensor, window_RC: Tensor, qr_SL: Tensor, u_SD: Tensor, chunk: Chunk, state: LayerState
@@ -120,13 +137,9 @@ class Attention:
         if self.compressor is None:
             return window_attention(q_SHC, window_RC, self.sink, window)
         entries = state.entries
-        assert entries is not None and state.block is not None
-        u32 = u_SD.float()
-        entries.append(self.compressor.advance(u32, state.block, chunk.position))
+        assert entries is not None
         tokens, total = u_SD.shape[0], len(entries)
         visible_S = None if tokens == 1 else chunk.visible[self.ratio]  # the last token sees every finished block
-        if self.indexer is not None:
-            self.indexer.advance(u32, state, chunk.position)
         if self.indexer is None or total <= self.indexer.topk:  # all are attended to
             return dense_attention(q_SHC, window_RC, entries.read(0, total), None, self.sink, window, visible_S)
         chosen_SK = self.indexer.select(qr_SL, u_SD, chunk, state)

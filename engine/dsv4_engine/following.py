@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .model import Model
+from .model import Model, Relay
 from .ranks import Ranks
 from .source import Source
 from .state import BlockState, KvDtype, LayerState, Rows, SequenceState, Version
@@ -51,9 +51,7 @@ class LeadingModel(Model):
         super().__init__(source, config, kv_dtype)
         self._numbers, self._gone = itertools.count(), list[int]()
 
-    def forward(
-        self, token_ids_S: Tensor, state: SequenceState, at_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+    def forward(self, token_ids_S: Tensor, state: SequenceState, relay: Relay | None = None) -> Tensor:
         """See Model.forward.  An exception half way leaves the others waiting: the program must end then."""
         gone, self._gone = tuple(self._gone), []
         base, result = state.version, Version(next(self._numbers))
@@ -63,7 +61,7 @@ class LeadingModel(Model):
         if base is None:
             for layer in state.layers:
                 self.ranks.from_leader(list(_sent(layer)))
-        streams = super().forward(token_ids_S, state, at_layer)
+        streams = super().forward(token_ids_S, state, relay)
         state.version = result
         weakref.finalize(result, self._gone.append, result.number)
         return streams

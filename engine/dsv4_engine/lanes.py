@@ -2,8 +2,8 @@
 
 For models so small that an operation is too little work to share among threads: handing its parts over, to cores that
 may not even share a cache, takes a quarter of the time.  Chunks walk through the layers one behind the other: one
-enters a layer when the one before it has left it, so every layer sees them in order and every result has the bits it
-has when they come one by one.
+enters a layer when the one before it has brought the layer's state behind its own tokens, which it does before it
+attends.  So every layer sees them in order, and every result has the bits it has when they come one by one.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Lanes:
         Close the iterator to stop early.  However it ends, ``state`` is the one after the last chunk that came out,
         and nothing runs any more that could touch it.
         """
-        running = [layer.mark() for layer in state.layers]
         way, walks = _Way(self._model), deque[tuple[_Walk, Future[Tensor]]]()
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(self._count, "lane", torch.set_num_threads, (max(1, threads // self._count),))
         left, ended = iter(parts), False
-        start, last = state.position, None
+        start = state.position
+        last: _Walk | list[LayerState] = state.layers
 
         def begin(number: int) -> None:
             nonlocal start, last
             for part in islice(left, number):
-                last = _Walk(way, part, SequenceState(running, start), last)
-                walks.append((last, pool.submit(last.run)))
+                last = walk = _Walk(way, part, start, last)
+                walks.append((walk, pool.submit(walk.run)))
                 start += part.shape[0]
 
         try:
@@ -55,7 +55,8 @@ class Lanes:
             while walks:
                 walk, streams = walks.popleft()
                 result = streams.result()
-                state.layers, state.position = walk.marks, walk.end
+                state.layers = [layer.mark() for layer in walk.state.layers]  # a fork must not cut the next chunks' rows
+                state.position = walk.state.position
                 begin(1)
                 yield result
             ended = True
@@ -70,7 +71,7 @@ class Lanes:
 
 
 class _Way:
-    """What the walks of a run share.  moved: told whenever one has left a layer."""
+    """What the walks of a run share.  moved: told whenever one has handed a layer's state on."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.moved, self.stopped = model, Condition(), False
@@ -81,39 +82,38 @@ class _Stopped(Exception):
 
 
 class _Walk:
-    """One chunk's way through the layers.  marks: each layer's state as this chunk left it."""
+    """One chunk's way through the layers.  state: of the layers it entered, with its own tokens at the end."""
 
-    def __init__(self, way: _Way, part: Tensor, state: SequenceState, before: _Walk | None) -> None:
-        self._way, self._part, self._state, self._before = way, part, state, before
-        self.end = state.position + part.shape[0]
-        self.marks: list[LayerState] = []
-        self.failed = False
+    def __init__(self, way: _Way, part: Tensor, start: int, before: _Walk | list[LayerState]) -> None:
+        self._way, self._part, self._before = way, part, before
+        self.state = SequenceState([], start)
+        self.handed_on, self.failed = 0, False
 
     @torch.inference_mode()
     def run(self) -> Tensor:
         way = self._way
         try:
-            streams = way.model.forward(self._part, self._state, self._at)
-            self._leave()
-            return streams
+            return way.model.forward(self._part, self.state, self)
         except BaseException:
             self.failed = True
             raise
         finally:
-            self._before = None  # else every chunk would be kept by the next
+            self._before = []  # else every chunk would be kept by the next
             with way.moved:
                 way.moved.notify_all()
 
-    def _at(self, layer: int) -> None:
-        if layer:
-            self._leave()
+    def take(self, layer: int) -> LayerState:
         way, before = self._way, self._before
-        with way.moved:
-            way.moved.wait_for(lambda: way.stopped or before is None or before.failed or len(before.marks) > layer)
-            if way.stopped or (before is not None and len(before.marks) <= layer):
-                raise _Stopped
+        if isinstance(before, _Walk):
+            with way.moved:
+                way.moved.wait_for(lambda: way.stopped or before.failed or before.handed_on > layer)
+                if way.stopped or before.handed_on <= layer:
+                    raise _Stopped
+        held = before.state.layers if isinstance(before, _Walk) else before
+        self.state.layers.append(held[layer].mark())
+        return self.state.layers[-1]
 
-    def _leave(self) -> None:
+    def hand_on(self) -> None:
         with self._way.moved:
-            self.marks.append(self._state.layers[len(self.marks)].mark())
+            self.handed_on += 1
             self._way.moved.notify_all()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +57,11 @@ class Block:
         self.hc_attn = HyperConnection(source, config, "attn")
         self.hc_ffn = HyperConnection(source, config, "ffn")
 
-    def forward(self, x_SJD: Tensor, chunk: Chunk, state: LayerState) -> Tensor:
-        """Streams [S, J, D] -> [S, J, D]; advances ``state``."""
-        x_SJD = self.hc_attn.around(x_SJD, lambda u: self.attn.forward(u, chunk, state))
+    def forward(
+        self, x_SJD: Tensor, chunk: Chunk, state: LayerState, advanced: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Streams [S, J, D] -> [S, J, D]; advances ``state`` (see Attention.forward)."""
+        x_SJD = self.hc_attn.around(x_SJD, lambda u: self.attn.forward(u, chunk, state, advanced))
         return self.hc_ffn.around(x_SJD, lambda u: self.ffn.forward(u, chunk.token_ids))
 
 
@@ -78,6 +81,16 @@ class MtpBlock:
         token = linear(rms_norm(embedded_SD, self.enorm, self.eps), self.e_proj)
         streams = linear(rms_norm(x_SJD, self.hnorm, self.eps), self.h_proj)
         return self.head.forward(self.block.forward(token[:, None] + streams, chunk, state))
+
+
+class Relay(Protocol):
+    """Where the layers' states come from, and where they are wanted next."""
+
+    def take(self, layer: int) -> LayerState:
+        """The state of this layer, before it is entered."""
+
+    def hand_on(self) -> None:
+        """The state taken last stands behind the chunk now."""
 
 
 class Model:
@@ -124,13 +137,11 @@ class Model:
         ratios = self.config.mtp_compress_ratios
         return new_layer_state(self.config, ratios[0] if ratios else 0, self.kv_dtype, self.device)
 
-    def forward(
-        self, token_ids_S: Tensor, state: SequenceState, at_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+    def forward(self, token_ids_S: Tensor, state: SequenceState, relay: Relay | None = None) -> Tensor:
         """Run int64 ids [S] after ``state.position`` tokens; advances the state; returns streams [S, J, D].
 
         The ids may lie on the host; on a GPU this returns before the work is done (see `wait`).
-        at_layer(i) is called before layer i is entered (see lanes.py).
+        relay: gives the layers' states, in place of ``state`` (see lanes.py).
         """
         token_ids_S = token_ids_S.to(self.device)
         for block in self.blocks:
@@ -138,10 +149,11 @@ class Model:
         chunk = self._chunk(token_ids_S, state.position)
         # Repeated in memory: torch multiplies batches of matrices that overlap one by one.
         x_SJD = self._embedded(token_ids_S)[:, None].repeat(1, self.config.hc_mult, 1)
-        for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-            if at_layer is not None:
-                at_layer(i)
-            x_SJD = block.forward(x_SJD, chunk, layer)
+        for i, block in enumerate(self.blocks):
+            if relay is None:
+                x_SJD = block.forward(x_SJD, chunk, state.layers[i])
+            else:
+                x_SJD = block.forward(x_SJD, chunk, relay.take(i), relay.hand_on)
         state.position += token_ids_S.shape[0]
         return x_SJD
 
