@@ -55,7 +55,8 @@ class Lanes:
             while walks:
                 walk, streams = walks.popleft()
                 result = streams.result()
-                state.layers = [layer.mark() for layer in walk.state.layers]  # a fork must not cut the next chunks' rows
+                # Marks: a fork of them must not end the piece of memory that the next chunks' rows go on in.
+                state.layers = [layer.mark() for layer in walk.state.layers]
                 state.position = walk.state.position
                 begin(1)
                 yield result

@@ -38,8 +38,9 @@ def mixing(
         gates[:, :streams] + constant(hc_eps, gates.device),
         gates[:, streams:] * constant(2.0, gates.device),
     )
-    comb_SJK = m_SM[:, 2 * streams :].unflatten(1, (streams, streams)).softmax(2) + constant(hc_eps, gates.device)
-    return pre_SJ, post_SK, sinkhorn(comb_SJK, iterations, hc_eps)
+    # Tokens last, here and in sinkhorn: the small matrices of all tokens are then normalised by long additions.
+    comb_JKS = m_SM[:, 2 * streams :].t().unflatten(0, (streams, streams)).softmax(1) + constant(hc_eps, gates.device)
+    return pre_SJ, post_SK, sinkhorn(comb_JKS.permute(2, 0, 1), iterations, hc_eps)
 
 
 def spread_scales(scale: Tensor, streams: int) -> Tensor:
@@ -51,7 +52,6 @@ def sinkhorn(a_SJK: Tensor, iterations: int, eps: float) -> Tensor:
     """Divide by column sums + eps, then ``iterations`` - 1 times by row sums + eps and column sums + eps."""
     if a_SJK.shape == (1, 4, 4):  # also on a GPU: one round trip to the host takes less than 117 launches
         return torch.tensor([sinkhorn_one(a_SJK[0].tolist(), iterations, eps)], device=a_SJK.device)
-    # Tokens last: the small matrices of all tokens are then normalised by long contiguous additions.
     a_JKS, eps0 = a_SJK.permute(1, 2, 0).contiguous(), constant(eps, a_SJK.device)
     a_JKS = a_JKS / (a_JKS.sum(0, keepdim=True) + eps0)
     for _ in range(iterations - 1):

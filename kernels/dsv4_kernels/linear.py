@@ -91,9 +91,13 @@ class Weight:
         values = e2m1_pairs(codes.device).index_select(0, codes).view(self.shape[0], -1, FP4_BLOCK)
         return (values * scale[..., None]).flatten(1).to(dtype)
 
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Whether it is held as a plain matrix in ``dtype``."""
+        return self.fmt == "plain" and self.data.dtype == dtype
+
     def expanded(self, dtype: torch.dtype) -> Weight:
         """The same weight held as a plain matrix in ``dtype``; a plain weight already in it is returned as it is."""
-        if self.fmt == "plain" and self.data.dtype == dtype:
+        if self.is_plain(dtype):
             return self
         return Weight(self.dequantised(dtype), round_activations=self.round_activations)
 
@@ -108,11 +112,19 @@ def linear(x: Tensor, weight: Weight, rounded: bool = False) -> Tensor:
     """x W^T for x [..., I] -> [..., O] in x's dtype.  ``rounded``: x already went through `round_for`."""
     if not rounded:
         x = round_for(x, weight)
-    if weight.fmt == "plain" and weight.data.dtype == x.dtype:
+    if weight.is_plain(x.dtype):
         return F.linear(x, weight.data)
     if _by_tiles(x):
         return unpacked_linear(x, weight.data, weight.scale, weight.fmt)
     return F.linear(x, weight.dequantised(x.dtype))
+
+
+def linear_into(out_SO: Tensor, x_SI: Tensor, weights: tuple[Weight, ...]) -> None:
+    """`stacked_linear` of inputs [S, I] that went through `round_for`, written to ``out`` [S, sum of O]."""
+    if len(weights) == 1 and weights[0].is_plain(x_SI.dtype):
+        torch.mm(x_SI, weights[0].data.t(), out=out_SO)
+    else:
+        out_SO.copy_(stacked_linear(x_SI, weights, rounded=True))
 
 
 def _by_tiles(x: Tensor) -> bool:
@@ -144,7 +156,7 @@ def stacked_linear(x: Tensor, weights: tuple[Weight, ...], rounded: bool = False
 def grouped_linear(x_SGI: Tensor, weight: Weight) -> Tensor:
     """Block-diagonal product: group g of x [S, G, I] times rows g*O..(g+1)*O of weight [G*O, I] -> [S, G*O]."""
     tokens, groups, width = x_SGI.shape
-    if _by_tiles(x_SGI) and (weight.fmt != "plain" or weight.data.dtype != x_SGI.dtype):
+    if _by_tiles(x_SGI) and not weight.is_plain(x_SGI.dtype):
         rows = weight.shape[0] // groups
         parts = ((x_SGI[:, g], range(g * rows, (g + 1) * rows)) for g in range(groups))
         return torch.cat([unpacked_linear(x, weight.data, weight.scale, weight.fmt, at) for x, at in parts], -1)

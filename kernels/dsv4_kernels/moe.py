@@ -6,17 +6,27 @@ Source: report, section 2.1; facts on the clamp and the place of the routing wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import Weight, linear, round_for, stacked_linear
+from .linear import Weight, linear, linear_into, round_for, stacked_linear
+from .tiling import tiling
 
 STEADY_ROWS = 16
+
+
+class Run(NamedTuple):
+    """Sorted rows [start, end) that go to one expert."""
+
+    expert: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,19 @@ def _steady(x_XI: Tensor, least: int) -> Tensor:
     return x_XI if x_XI.shape[0] >= least else F.pad(x_XI, (0, 0, 0, least - x_XI.shape[0]))
 
 
+def _by_run(
+    out_XO: Tensor, x_XI: Tensor, runs: Sequence[Run], weights: Sequence[tuple[Weight, ...]], least: int
+) -> None:
+    """Every run's rows of ``x`` times its expert's weights, as if it had ``least`` rows; written to ``out``."""
+    first = runs[0].start
+    for expert, start, end in runs:
+        x, out = x_XI[start - first : end - first], out_XO[start - first : end - first]
+        if end - start >= least:
+            linear_into(out, x, weights[expert])
+        else:
+            out[:] = stacked_linear(_steady(x, least), weights[expert], rounded=True)[: end - start]
+
+
 def mixture(u_SD: Tensor, experts: Sequence[Expert], chosen_SK: Tensor, weights_SK: Tensor, limit: float) -> Tensor:
     """sum_k w2(swiglu(w1 u, w3 u) * weight_k) over each token's experts: float32 [S, D].
 
@@ -80,29 +103,37 @@ def mixture(u_SD: Tensor, experts: Sequence[Expert], chosen_SK: Tensor, weights_
     """
     tokens, topk = chosen_SK.shape
     u_SD = round_for(u_SD, experts[0].w13[0])
-    if tokens == 1:
-        runs = [(e, i, i + 1) for i, e in enumerate(chosen_SK[0].tolist())]
-        rows_XD, weights_X1 = u_SD.expand(topk, -1), weights_SK.t()
-    else:
-        order = chosen_SK.flatten().argsort(stable=True)
-        ends = torch.bincount(chosen_SK.flatten(), minlength=len(experts)).cumsum(0).tolist()
-        runs = [(e, a, b) for e, (a, b) in enumerate(pairwise([0, *ends])) if a < b]
-        rows_XD, weights_X1 = u_SD.index_select(0, order // topk), weights_SK.flatten().index_select(0, order)[:, None]
+    order_X = chosen_SK.flatten().argsort(stable=True)
+    ends = torch.bincount(chosen_SK.flatten(), minlength=len(experts)).cumsum(0).tolist()
+    runs = [Run(e, a, b) for e, (a, b) in enumerate(pairwise([0, *ends])) if a < b]
     if not runs:
         return torch.zeros(u_SD.shape, device=u_SD.device)
-    least = 1 if tokens == 1 else STEADY_ROWS
-    gate_up = torch.cat(
-        [stacked_linear(_steady(rows_XD[a:b], least), experts[e].w13, rounded=True)[: b - a] for e, a, b in runs]
-    )
-    hidden = round_for((swiglu(gate_up, limit) * weights_X1).to(u_SD.dtype), experts[0].w2)
-    results_XD = torch.cat(
-        [linear(_steady(hidden[a:b], least), experts[e].w2, rounded=True)[: b - a] for e, a, b in runs]
-    ).float()
-    if tokens == 1:
-        return results_XD.sum(0, keepdim=True)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel(), device=order.device)
-    return results_XD.index_select(0, back).view(tokens, topk, -1).sum(1)
+    token_X, weights_X1 = order_X // topk, weights_SK.flatten().index_select(0, order_X)[:, None]
+    gates, downs = [expert.w13 for expert in experts], [(expert.w2,) for expert in experts]
+    width, least = sum(weight.shape[0] for weight in gates[0]), 1 if tokens == 1 else STEADY_ROWS
+    results_XD = u_SD.new_empty(tokens * topk, downs[0][0].shape[0])
+    for some in _together(runs, tiling(u_SD.device).rows):
+        part = slice(some[0].start, some[-1].end)
+        rows_XD = u_SD.index_select(0, token_X[part])
+        gate_up = rows_XD.new_empty(rows_XD.shape[0], width)
+        _by_run(gate_up, rows_XD, some, gates, least)
+        hidden = round_for((swiglu(gate_up, limit) * weights_X1[part]).to(u_SD.dtype), experts[0].w2)
+        _by_run(results_XD[part], hidden, some, downs, least)
+    back_X = torch.empty_like(order_X)
+    back_X[order_X] = torch.arange(order_X.numel(), device=order_X.device)
+    out_SD, *others = (results_XD.index_select(0, back_S).float() for back_S in back_X.view(tokens, topk).unbind(1))
+    for other in others:
+        out_SD += other
+    return out_SD
+
+
+def _together(runs: Sequence[Run], rows: int) -> Iterator[Sequence[Run]]:
+    """Runs in groups of about so many rows, whose intermediates stay near the core."""
+    first = 0
+    for place in range(1, len(runs) + 1):
+        if place == len(runs) or runs[place].end - runs[first].start > rows:
+            yield runs[first:place]
+            first = place
 
 
 def streamed_mixture(

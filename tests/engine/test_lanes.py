@@ -175,6 +175,34 @@ def test_chunks_are_under_way_together(engine: Engine, monkeypatch: pytest.Monke
     assert session.position == 2 * CHUNK
 
 
+def test_a_layer_is_left_to_the_next_chunk_before_it_attends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first chunk attends in its first layer only when the second has brought that layer behind its own tokens."""
+    compress, attend, behind = Attention._compress, Attention._attend, threading.Event()
+    first = engine.model.blocks[0].attn
+
+    def compressing(self: Attention, u: Tensor, chunk: Any, state: Any) -> None:
+        compress(self, u, chunk, state)
+        if self is first and chunk.position == CHUNK:
+            behind.set()
+
+    def attending(self: Attention, *arguments: Any) -> Tensor:
+        assert behind.wait(60)
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(Attention, "_compress", compressing)
+    monkeypatch.setattr(Attention, "_attend", attending)
+    session = begun(engine)
+    session.extend(IDS[: 2 * CHUNK])
+    monkeypatch.undo()
+    assert same(held(session.state), held(apart(engine, 2 * CHUNK).state))
+
+
+def apart(engine: Engine, tokens: int) -> Session:
+    session = begun(engine)
+    one_by_one(session, IDS[:tokens])
+    return session
+
+
 def test_watched_forks_stay_in_the_watching_thread(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, threads = Attention.forward, set()
 

@@ -16,7 +16,7 @@ from .keys import Origin
 from .policy import Grid
 
 # Raised when the arithmetic or the order of bytes in rows.py changes: what was kept before is then no longer found.
-ARITHMETIC = 2
+ARITHMETIC = 3
 _READ_WHOLE = 64 << 20
 
 
