@@ -208,7 +208,10 @@ def test_one_layer_of_each_kind_stands_for_all_of_them(tmp_path: Path) -> None:
     found = measure.measure(engine, 1024, CEILINGS, whole)
     assert found.scaled
     assert sum(part.flops for part in found.decode.parts) == sum(c.flops for c in decode_costs(whole, found.decode.ctx))
-    for phase in (found.prefill, found.decode):
-        assert 0.3 < phase.seconds / sum(part.seconds for part in phase.parts) < 3
+    timed = {("indexer", "csa"): 2.0, ("experts", "window"): 1.0, ("experts", "hca"): 4.0}
+    timed["head", measure.OUTSIDE] = 0.5
+    phase = measure._phase(1, 1024, 15.0, timed, [], CEILINGS, engine.config, whole)
+    assert [part.seconds for part in phase.parts] == [2.0, 3.0, 8.0, 0.5]  # 1 csa layer, 3 window, 2 hca
+    assert phase.seconds == 15.0 * 13.5 / 7.5
     assert measure._number_of("window", engine.config, whole) == 3
     assert measure._number_of("outside layers", engine.config, whole) == 1
