@@ -40,14 +40,15 @@ class Lanes:
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(self._count, "lane", torch.set_num_threads, (max(1, threads // self._count),))
         left, ended = iter(parts), False
-        start = state.position
-        last: _Walk | list[LayerState] = state.layers
+        start, last = state.position, None
+        layers = state.layers
 
         def begin(number: int) -> None:
-            nonlocal start, last
+            nonlocal start, last, layers
             for part in islice(left, number):
-                last = walk = _Walk(way, part, start, last)
-                walks.append((walk, pool.submit(walk.run)))
+                last = _Walk(way, part, SequenceState([], start), last, layers)
+                layers = last.state.layers
+                walks.append((last, pool.submit(last.run)))
                 start += part.shape[0]
 
         try:
@@ -83,12 +84,16 @@ class _Stopped(Exception):
 
 
 class _Walk:
-    """One chunk's way through the layers.  state: of the layers it entered, with its own tokens at the end."""
+    """One chunk's way through the layers.  state: of the layers it entered, with its own tokens at the end.
 
-    def __init__(self, way: _Way, part: Tensor, start: int, before: _Walk | list[LayerState]) -> None:
-        self._way, self._part, self._before = way, part, before
-        self.state = SequenceState([], start)
-        self.handed_on, self.failed = 0, False
+    layers: the states that this one goes on from; before: the walk in front, if any, which is still filling them.
+    """
+
+    def __init__(
+        self, way: _Way, part: Tensor, state: SequenceState, before: _Walk | None, layers: list[LayerState]
+    ) -> None:
+        self._way, self._part, self._before, self._layers = way, part, before, layers
+        self.state, self.handed_on, self.failed = state, 0, False
 
     @torch.inference_mode()
     def run(self) -> Tensor:
@@ -99,19 +104,18 @@ class _Walk:
             self.failed = True
             raise
         finally:
-            self._before = []  # else every chunk would be kept by the next
+            self._before, self._layers = None, []  # else every chunk would be kept by the next
             with way.moved:
                 way.moved.notify_all()
 
     def take(self, layer: int) -> LayerState:
         way, before = self._way, self._before
-        if isinstance(before, _Walk):
+        if before is not None:
             with way.moved:
                 way.moved.wait_for(lambda: way.stopped or before.failed or before.handed_on > layer)
                 if way.stopped or before.handed_on <= layer:
                     raise _Stopped
-        held = before.state.layers if isinstance(before, _Walk) else before
-        self.state.layers.append(held[layer].mark())
+        self.state.layers.append(self._layers[layer].mark())
         return self.state.layers[-1]
 
     def hand_on(self) -> None:

@@ -21,7 +21,7 @@ from .tiling import tiling
 STEADY_ROWS = 16
 
 
-class Run(NamedTuple):
+class _Run(NamedTuple):
     """Sorted rows [start, end) that go to one expert."""
 
     expert: int
@@ -82,7 +82,7 @@ def _steady(x_XI: Tensor, least: int) -> Tensor:
 
 
 def _by_run(
-    out_XO: Tensor, x_XI: Tensor, runs: Sequence[Run], weights: Sequence[tuple[Weight, ...]], least: int
+    out_XO: Tensor, x_XI: Tensor, runs: Sequence[_Run], weights: Sequence[tuple[Weight, ...]], least: int
 ) -> None:
     """Every run's rows of ``x`` times its expert's weights, as if it had ``least`` rows; written to ``out``."""
     first = runs[0].start
@@ -105,7 +105,7 @@ def mixture(u_SD: Tensor, experts: Sequence[Expert], chosen_SK: Tensor, weights_
     u_SD = round_for(u_SD, experts[0].w13[0])
     order_X = chosen_SK.flatten().argsort(stable=True)
     ends = torch.bincount(chosen_SK.flatten(), minlength=len(experts)).cumsum(0).tolist()
-    runs = [Run(e, a, b) for e, (a, b) in enumerate(pairwise([0, *ends])) if a < b]
+    runs = [_Run(e, a, b) for e, (a, b) in enumerate(pairwise([0, *ends])) if a < b]
     if not runs:
         return torch.zeros(u_SD.shape, device=u_SD.device)
     token_X, weights_X1 = order_X // topk, weights_SK.flatten().index_select(0, order_X)[:, None]
@@ -121,13 +121,14 @@ def mixture(u_SD: Tensor, experts: Sequence[Expert], chosen_SK: Tensor, weights_
         _by_run(results_XD[part], hidden, some, downs, least)
     back_X = torch.empty_like(order_X)
     back_X[order_X] = torch.arange(order_X.numel(), device=order_X.device)
-    out_SD, *others = (results_XD.index_select(0, back_S).float() for back_S in back_X.view(tokens, topk).unbind(1))
-    for other in others:
-        out_SD += other
+    results = (results_XD.index_select(0, back_S).float() for back_S in back_X.view(tokens, topk).unbind(1))
+    out_SD = next(results)
+    for result_SD in results:  # one choice at a time stays near the core
+        out_SD += result_SD
     return out_SD
 
 
-def _together(runs: Sequence[Run], rows: int) -> Iterator[Sequence[Run]]:
+def _together(runs: Sequence[_Run], rows: int) -> Iterator[Sequence[_Run]]:
     """Runs in groups of about so many rows, whose intermediates stay near the core."""
     first = 0
     for place in range(1, len(runs) + 1):
