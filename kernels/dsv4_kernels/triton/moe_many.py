@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .linear_many import barriers
 from .moe_few import bytes_layout, operand, reordered, rounded, swiglu, unpack
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+
 R = gl.constexpr(64)
 SCALES = tl.constexpr(32)  # a tile's scales of 128 inputs take as many places at least: the copy engine's alignment
 
@@ -214,6 +216,9 @@ def _sums(
                     a2 = _piece(2, a2, w, nothing, x_s, scale_s, at, s_ptr, first, apart, block, PIECES, COUNT, FP8)
                 if pieces > 3:
                     a3 = _piece(3, a3, w, nothing, x_s, scale_s, at, s_ptr, first, apart, block, PIECES, COUNT, FP8)
+        # One thread says that the stage is free: every warp must have read its scales.  The branches hide those reads
+        # from the compiler, which puts a barrier here by itself where there is one piece only.
+        barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         even = even_next
         odd = odd_next
