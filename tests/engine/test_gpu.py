@@ -336,16 +336,17 @@ def test_the_working_set_holds_for_other_proportions(tmp_path: Path) -> None:
 def test_memory_is_planned_and_given_back(tiny: tuple[Engine, Engine]) -> None:
     plan = tiny[1].plan
     assert plan.device.startswith("cuda:") and plan.needed <= plan.available
-    tiny[1].session().extend(text_ids(tiny[1], 300))  # torch's libraries keep what their first products take
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    engine = Engine.load("tiny", device="cuda")
-    held = torch.cuda.memory_allocated() - before
-    assert held < plan.weights * 1.1 + (1 << 20)
-    session = engine.session()
-    session.extend(text_ids(engine, 20_000), logits="none")
-    del session, engine
-    assert torch.cuda.memory_allocated() - before < 1 << 20
+    for first in (True, False):  # torch's libraries keep what their first products take
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        engine = Engine.load("tiny", device="cuda")
+        held = torch.cuda.memory_allocated() - before
+        session = engine.session()
+        session.extend(text_ids(engine, 20_000), logits="none")
+        del session, engine
+        if not first:
+            assert held < plan.weights * 1.1 + (1 << 20)
+            assert torch.cuda.memory_allocated() - before < 1 << 20
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------

@@ -44,11 +44,13 @@ def test_divergence_and_gradient_equal_those_of_full_logits(monkeypatch: pytest.
     assert float(reverse_kl(hidden, head, hidden, head).detach().abs().max()) < 1e-6
 
 
-def learner(steps: int, prompts: int, answers: int, passes: int) -> Learner:
+def learner(steps: int, prompts: int, answers: int, passes: int, device: torch.device = CPU) -> Learner:
     config = small_config()
     optimiser = Optimiser(muon_lr=1e-3, adam_lr=2e-3, warmup_steps=1, decay_from=0.9)
     writing = Writing(steps, prompts, answers, 128, 6, 1.0, passes)
-    return Learner(config, lively_parameters(config), writing, optimiser, steps, 1, CPU)
+    here = lively_parameters(config)
+    parameters = {n: p.detach().to(device).requires_grad_(p.requires_grad) for n, p in here.items()}
+    return Learner(config, parameters, writing, optimiser, steps, 1, device)
 
 
 def teacher(name: str, seed: int, weight: float = 1.0) -> Teacher:
@@ -84,6 +86,52 @@ def test_logits_are_made_anew_from_what_is_cached() -> None:
     got = distill.divergence(at, weights["head.weight"], answers, other, cached)
     assert float(wanted) > 0.05
     assert float(got) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, dict[str, bool]]]:
+    """Of every forward pass whether gradients are on, and which weights ask for one: what is compiled depends on it."""
+    passes: list[tuple[bool, dict[str, bool]]] = []
+    forward = Network.forward
+
+    def noted(self: Network, w: dict[str, Tensor], *rest: object) -> object:
+        passes.append((torch.is_grad_enabled(), {name: value.requires_grad for name, value in w.items()}))
+        return forward(self, w, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Network, "forward", noted)
+    return passes
+
+
+def test_a_judge_is_computed_as_the_learner_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = learner(1, 1, 2, 1)
+    before = {name: value.detach().clone() for name, value in student.parameters.items()}
+    judge = Teacher.of("itself", student.parameters, 1.0, student.mode)
+    answers = student.write(questions(1))
+    passes = watched(monkeypatch)
+    cached = judge.hidden(student.network, answers, student.mode)
+    assert not cached.requires_grad
+    student.learn(answers, lambda _n, part, w, h: (distill.divergence(h, w["head.weight"], part, judge, cached), h[0]))
+    assert passes[0] == passes[1]
+    assert all(w.grad is None for w in judge.weights.values())
+    # The learner has moved; its judge has not moved with it.
+    assert not torch.equal(student.parameters["norm.weight"], before["norm.weight"])
+    assert torch.equal(judge.weights["norm.weight"], before["norm.weight"].bfloat16().float())
+
+
+@pytest.mark.gpu
+def test_a_model_does_not_diverge_from_itself() -> None:
+    """Compiled, as it is on a GPU only."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    student = learner(1, 2, 2, 2, torch.device("cuda"))
+    answers = student.write(questions(2))
+    judge = Teacher.of("itself", student.parameters, 1.0, student.mode)
+    cached = [judge.hidden(student.network, part, student.mode) for part in answers.parts(2)]
+
+    def loss(number: int, part: distill.Answers, weights: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        value = distill.divergence(hidden, weights["head.weight"], part, judge, cached[number])
+        return value, value.detach()
+
+    assert float(student.learn(answers, loss)[0]) < 1e-6
 
 
 def test_each_teacher_judges_its_own_questions(monkeypatch: pytest.MonkeyPatch) -> None:

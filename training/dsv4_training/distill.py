@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .learner import Answers, Learner, last_hidden
+from .learner import Answers, Learner, judged_hidden
 from .metrics import Record
 from .model import Mode, Network
-from .parameters import working_weights
+from .parameters import judging_weights
 from .prompts import Question
 
 PIECE = 4096  # tokens whose logits are there at a time
@@ -53,14 +53,11 @@ class Teacher:
 
     @classmethod
     def of(cls, name: str, parameters: dict[str, Tensor], weight: float, mode: Mode) -> Teacher:
-        with torch.no_grad():
-            weights = working_weights(parameters, mode.quantised, mode.dtype)
-        return cls(name, {n: w.detach() for n, w in weights.items()}, weight)
+        return cls(name, judging_weights(parameters, mode.quantised, mode.dtype), weight)
 
-    @torch.no_grad()
     def hidden(self, network: Network, answers: Answers, mode: Mode) -> Tensor:
         """What is cached of it: the last hidden states at the answers' tokens, [n, D] of those there are."""
-        return last_hidden(network, self.weights, answers, mode, False)[0][answers.mask]
+        return judged_hidden(network, self.weights, answers, mode)[answers.mask]
 
 
 def divergence(hidden_BTD: Tensor, head_VD: Tensor, answers: Answers, teacher: Teacher, cached_ND: Tensor) -> Tensor:

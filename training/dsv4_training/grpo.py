@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .learner import Answers, Learner, last_hidden
+from .learner import Answers, Learner, judged_hidden
 from .metrics import Record
+from .parameters import judging_weights
 from .post import Rewards
 from .prompts import END, Question, reward
 
@@ -79,16 +80,15 @@ def run(
     note: Callable[[Record], Any],
 ) -> None:
     """All steps; the reference is the model as it is now.  note: takes a record of each step."""
-    with torch.no_grad():
-        reference = {name: value.clone() for name, value in learner.weights().items()}
+    reference = judging_weights(learner.parameters, True, learner.mode.dtype)
     writing = settings.writing
     for step, asked in enumerate(questions, 1):
         answers = learner.write(asked)
         rewards = torch.tensor(rewards_of(asked, answers, tokenizer, writing.answers), device=learner.device)
         advantage = advantages(rewards.view(-1, writing.answers)).flatten().split(len(rewards) // writing.passes)
         parts = answers.parts(writing.passes)
+        states = [judged_hidden(learner.network, reference, part, learner.mode) for part in parts]
         with torch.no_grad():
-            states = [last_hidden(learner.network, reference, part, learner.mode, False)[0] for part in parts]
             before = [_logprobs(h, reference, part, writing) for h, part in zip(states, parts, strict=True)]
 
         def loss(

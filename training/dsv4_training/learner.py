@@ -60,6 +60,12 @@ def last_hidden(
     return hidden.gather(1, answers.at[..., None].expand(-1, -1, hidden.shape[-1])), output.index_loss
 
 
+def judged_hidden(network: Network, weights: dict[str, Tensor], answers: Answers, mode: Mode) -> Tensor:
+    """Those of a model that does not learn, [B, T, D] without a way back; weights: from judging_weights."""
+    with torch.enable_grad():
+        return last_hidden(network, weights, answers, mode, False)[0].detach()
+
+
 def padded(questions: Sequence[Question], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Prompts as ids [P, length] and their lengths [P]."""
     ids = torch.full((len(questions), length), END)

@@ -30,7 +30,7 @@ from .metrics import Metrics, Record
 from .model import Mode, Network
 from .optimizer import Optimizer, clip_gradients
 from .packing import Batch
-from .parameters import working_weights
+from .parameters import judging_weights, working_weights
 from .recipe import EARLY, Recipe, Stage
 
 log = logging.getLogger(__name__)
@@ -323,12 +323,11 @@ class Trainer:
     def _shared(self, measures: Tensor) -> Tensor:
         return measures
 
-    @torch.no_grad()
     def _older_routes(self, ids: Tensor, mode: Mode, layout: Layout) -> dict[str, Tensor]:
         """The experts' choice with the guard's older parameters."""
         assert self.guard.older is not None, "anticipated without older parameters"
         older = {name: self.guard.older[name] for name in self.parameters}
-        weights = working_weights(older, mode.quantised, mode.dtype)
+        weights = judging_weights(older, mode.quantised, mode.dtype)
         return self.network.forward(weights, ids, mode, None, layout).chosen
 
     @torch.no_grad()
