@@ -9,7 +9,7 @@ from dsv4_engine import Engine
 from dsv4_engine.encoding import encode_segments
 from dsv4_engine.generate import Answer, generate
 from dsv4_engine.sampling import Sampling
-from dsv4_training import card, code_tree, corpus, evaluate, recipe
+from dsv4_training import card, code_tree, corpus, evaluate, post, recipe
 from dsv4_training.export import load_parameters
 
 LARGEST = 24_000_000
@@ -75,15 +75,33 @@ def test_it_packs_held_out_text_better_than_xz(engine: Engine) -> None:
 
 def test_the_card_states_what_was_made_and_measured(engine: Engine) -> None:
     made = recipe.load(recipe.RECIPES / "tiny.toml")
-    scores = [{"task": "ruler", "length": 1024, "right": 9, "asked": 10}]
     account = {"seconds": 90.0, "calls": 2, "device": "GPU"}
     last = {"step": made.steps, "tokens": 1e6, "mass": 0.987, "length": 131072, "accepted": 0.5}
-    bits = {"bytes": 1000, "model": 1.7, "xz": 2.0}
-    text = card.model_card(made, made.model.config(), account, last, "the library", 16_000_000, scores, bits)
-    assert "| 1024 | 9 of 10 | 90.0% | 59.6% to 98.2% |" in text
-    assert "1.70 (`xz -9`: 2.00)" in text
+    text = card.model_card(made, made.model.config(), account, last, "the library", 16_000_000)
+    assert "Not yet" in text
     assert "in 2 goes" in text
     assert "98.7% of the attention over sequences of 131,072 tokens" in " ".join(text.split())
     for stage in made.stages:
         assert f"| {stage.name} | {stage.steps:,} |" in text
     assert "{" not in text
+    scores = [{"task": "ruler", "length": 1024, "right": 9, "asked": 10}]
+    scored = card.with_measured(text, scores, {"bytes": 1000, "model": 1.7, "xz": 2.0})
+    assert "| 1024 | 9 of 10 | 90.0% | 59.6% to 98.2% |" in scored
+    assert "1.70 (`xz -9`: 2.00)" in scored
+    assert "Not yet" not in scored
+    assert card.with_measured(scored, [], None) == text
+
+
+def test_the_students_card_is_the_bases_with_how_it_was_merged(engine: Engine) -> None:
+    base = (Path(engine.path) / card.FILE).read_text(encoding="utf-8")
+    made = post.load(recipe.RECIPES / "post" / "tiny.toml")
+    text = card.student_card(base, made, {"code": {"seconds": 90.0, "device": "GPU"}})
+    steps = sum(stage.steps for stage in made.specialists[2].tuning)
+    assert f"| code | {steps:,} | " in text
+    assert " | 1.5, GPU |" in text
+    assert " | not kept |" in text
+    assert "began as the specialist of code" in " ".join(text.split())
+    assert "Not yet" in text
+    assert "95% intervals" in text
+    for part in (base[: base.index("## Measured")], base[base.index("## Shape") :]):
+        assert part in text

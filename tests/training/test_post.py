@@ -1,5 +1,6 @@
 """Post-training as a whole: its recipe, questions that can be checked, the comparison, and a run at toy size."""
 
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -214,6 +215,7 @@ def test_a_run_makes_specialists_and_a_student(tmp_path: Path, source: packing.S
     config = recipe.model.config()
     # As a run's unrounded parameters may be handed on.
     save_checkpoint(tmp_path / "base", config, initial_parameters(config, 1, {}), definition, quantised=False)
+    shutil.copyfile(Path(Engine.load("tiny").path) / "README.md", tmp_path / "base" / "README.md")
     run = Run(recipe, tmp_path / "base", tmp_path / "out", torch.device("cpu"), 0)
     with pytest.raises(InputError, match="no specialist sums"):
         run.train("sums")
@@ -228,6 +230,7 @@ def test_a_run_makes_specialists_and_a_student(tmp_path: Path, source: packing.S
     bytes_of = {name: file.read_bytes() for name, file in made.items()}
     assert len(set(bytes_of.values())) == 3
     assert bytes_of["student"] != (tmp_path / "base" / "model.safetensors").read_bytes()
+    assert ", CPU |" in (made["student"].parent / "README.md").read_text(encoding="utf-8")
     made["student"].parent.joinpath("config.json").unlink()
     run.train()
     assert made["student"].read_bytes() == bytes_of["student"]  # the same seed, the same student

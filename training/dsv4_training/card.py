@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv4_engine.config import ModelConfig
 
 from .evaluate import interval
 from .parameters import initial_parameters
+from .post import PostRecipe
 from .recipe import Recipe
 
+FILE = "README.md"
 KINDS = {0: "window", 4: "CSA", 128: "HCA"}
 TASK_NAMES = {
     "ruler": "one needle: RULER's prompt with its answer prefix",
@@ -32,29 +34,26 @@ language: en
 A language model of {millions:.0f} million parameters with the architecture of DeepSeek-V4, in the published checkpoint
 format. It exists so that dsv4 can be tried and tested anywhere. It is not DeepSeek's, and it knows next to nothing.
 
-## What it can do
+## What it was trained to do
 
-- find a fact in a text and answer a question about it, best about numbers (how long a text may be: the scores below);
+How well it does, and in how long a text, the scores below say.
+
+- find a fact in a text and answer a question about it, best about numbers;
 - follow a chain of variable assignments;
+- say which of several files of code defines a function;
 - hold a very short conversation: greet, say what it is, answer a few simple questions.
 
 ## What it cannot do
 
-- say which of several files defines a function (the scores below), reason, calculate, summarise, translate, write
-  code, follow instructions that it was not trained on;
+- reason, calculate, summarise, translate, write code, follow instructions that it was not trained on;
 - be relied upon: it mostly answers with a plausible wrong number rather than say that it did not find one, the more so
   the further a question's wording is from those it was trained on;
 - anything in a language but English.
 
 Greedy decoding is its default (generation_config.json).
 
-## Measured
+{measured}
 
-Answers generated greedily by dsv4's engine from the published precision. Keys, numbers, variable names, code and the
-text around them were never trained on. 95% intervals (Wilson).
-
-{scores}
-{bits}
 ## How it was made
 
 `python -m dsv4_training --recipe {name}.toml`: {steps} steps, {tokens:,.0f} million tokens, {minutes:.1f} minutes
@@ -68,7 +67,8 @@ of one
 Muon (matrices) and AdamW; experts balanced by bias; FP4 experts, FP8 linears and cache rounding emulated where a
 stage says so. Where "positions to" is given, some documents jump forward between two blocks of 128 tokens, so that
 far positions are seen on short texts; the card's scores are of texts of full length. At the end the indexer's choice
-held {mass:.1%} of the attention over sequences of {longest:,} tokens.
+held {mass:.1%} of the attention over sequences of {longest:,} tokens, and the MTP block's second token was the model's
+own in {accepted:.0%} of cases.
 
 Text: the King James Bible (public domain), the documentation and parts of the standard library of Python 3.11 (PSF
 licence), {code} (PSF licence), and texts from the project's own templates and RULER's wordings (Apache-2.0).
@@ -76,11 +76,31 @@ evals/dsv4_evals/data/SOURCES.md has the details. One document in ten, chosen by
 
 ## Shape
 
-{layers} layers ({kinds}) and an MTP block, whose second token is the model's own in {accepted:.0%} of cases; hidden
-{hidden},
+{layers} layers ({kinds}) and an MTP block; hidden {hidden},
 {heads} query heads of {head_dim}, {experts} experts of which {active} are used, {hashed} hash layers, mHC {streams},
 {index_heads} index heads, top {topk}, window {window}, vocabulary {vocabulary}; {megabytes:.1f} MB.
 """
+MEASURED = """\
+## Measured
+
+Answers generated greedily by dsv4's engine from the published precision. Keys, numbers, variable names, code and the
+text around them were never trained on. 95% intervals (Wilson).
+
+{scores}"""
+POST = """\
+### Post-training
+
+`python -m dsv4_training post-train --recipe {name}.toml` made specialists of that model, each tuned on data of its own
+and then rewarded for right answers (GRPO, {answers} answers to a question), and merged them by on-policy distillation:
+the student began as {start}, wrote answers to each specialist's questions, and learnt that specialist's whole
+distribution on them.
+
+| | steps of tuning | million tokens | steps of rewards or merging | minutes, machine |
+|---|---|---|---|---|
+{rows}
+
+"""
+HEADING, SHAPE = "\n## ", "## Shape\n"
 
 
 def score_table(scores: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -93,6 +113,41 @@ def score_table(scores: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {TASK_NAMES[score['task']]} | {score['length']} | {good:g} of {asked} | {share} |"
 
 
+def measured(scores: Sequence[dict[str, Any]], bits: dict[str, float] | None) -> str:
+    """The card's section of scores, Markdown without an end of line."""
+    written = "\n".join(score_table(scores)) if scores else "Not yet: `python -m dsv4_training score` does it."
+    if bits is not None:
+        written += f"\n\nBits a byte of {bits['bytes']:,.0f} bytes of held-out text: {bits['model']:.2f} (`xz -9`: "
+        written += f"{bits['xz']:.2f})."
+    return MEASURED.format(scores=written)
+
+
+def with_measured(text: str, scores: Sequence[dict[str, Any]], bits: dict[str, float] | None) -> str:
+    """A card with these scores in place of those it has.  Raises ValueError where it has no such section."""
+    first = text.index(MEASURED.partition("\n")[0])
+    return text[:first] + measured(scores, bits) + "\n" + text[text.index(HEADING, first) :]
+
+
+def student_card(base: str, recipe: PostRecipe, accounts: Mapping[str, dict[str, Any]]) -> str:
+    """The base's card without scores, and how its student came to be; accounts: machine time by specialist, and of the
+    "student".  Raises ValueError where ``base`` is no card."""
+    rows = []
+    for one in recipe.specialists:
+        tuned = recipe.tuned(one)
+        tokens = sum(stage.steps * stage.tokens for stage in tuned.stages) / 1e6
+        rows.append((one.name, f"{tuned.steps:,}", f"{tokens:,.0f}", recipe.rewards.writing.steps))
+    rows.append(("student", "", "", recipe.merging.writing.steps))
+    time = {name: f"{account['seconds'] / 60:.1f}, {account['device']}" for name, account in accounts.items()}
+    made = POST.format(
+        name=recipe.name,
+        answers=recipe.rewards.writing.answers,
+        start=f"the specialist of {recipe.merging.start}" if recipe.merging.start else "the base",
+        rows="\n".join(f"| {n} | {a} | {b} | {c} | {time.get(n, 'not kept')} |" for n, a, b, c in rows),
+    )
+    card = with_measured(base, [], None)
+    return card[: card.index(SHAPE)] + made + card[card.index(SHAPE) :]
+
+
 def model_card(
     recipe: Recipe,
     config: ModelConfig,
@@ -100,20 +155,13 @@ def model_card(
     last: dict[str, Any],
     code: str,
     size: int,
-    scores: Sequence[dict[str, Any]],
-    bits: dict[str, float] | None,
 ) -> str:
-    """Markdown.  account: machine time; last: the last record of the metrics; code: the code tree; size: bytes."""
-    written = "\n".join(score_table(scores)) if scores else "Not yet: `python -m dsv4_training score` does it."
-    packed = ""
-    if bits is not None:
-        packed = f"\nBits a byte of {bits['bytes']:,.0f} bytes of held-out text: {bits['model']:.2f} (`xz -9`: "
-        packed += f"{bits['xz']:.2f}).\n"
+    """Markdown, nothing measured yet.  account: machine time; last: the last record of the metrics; code: the code
+    tree; size: bytes."""
     return CARD.format(
         name=recipe.name,
         millions=parameter_count(config) / 1e6,
-        scores=written,
-        bits=packed,
+        measured=measured([], None),
         steps=f"{last['step']:,}" + (f" of {recipe.steps:,}" if last["step"] < recipe.steps else ""),
         tokens=last["tokens"] / 1e6,
         minutes=account["seconds"] / 60,

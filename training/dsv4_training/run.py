@@ -146,9 +146,11 @@ def train(
         stream.close()
     if record is None:
         return trainer.step_number == recipe.steps
-    _account(folder, _gone(began), device)
+    account = machine_time(folder / "time.json", _gone(began), device)
     size = _write_checkpoint(out, trainer.config, parameters, source.definition)
-    _write_card(recipe, trainer.config, out, source.tree.about, size, [], None)
+    last = metrics.read(record.path)[-1]
+    made = card.model_card(recipe, trainer.config, account, last, source.tree.about, size)
+    (out / card.FILE).write_text(made, encoding="utf-8")
     log.info("wrote %s bytes to %s", f"{size:,}", out)
     metrics.plot({recipe.name: metrics.read(record.path)}, folder / "training.png")
     if trainer.step_number < recipe.steps:
@@ -199,19 +201,19 @@ def export(recipe: Recipe, out: Path) -> int:
     return int(facts["step"])
 
 
-def _account(folder: Path, seconds: float, device: torch.device) -> None:
-    """Adds the machine time of this call to the run's account."""
-    path = folder / "time.json"
+def machine_time(path: Path, seconds: float, device: torch.device) -> dict[str, Any]:
+    """Adds the machine time of this call to the account in this file; returns all of it."""
     account = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"seconds": 0.0, "calls": 0}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     account = {"seconds": round(account["seconds"] + seconds, 1), "calls": account["calls"] + 1, "device": name}
     path.write_text(json.dumps(account | {"torch": torch.__version__}) + "\n", encoding="utf-8")
+    return account
 
 
 def score(
     recipe: Recipe, out: Path, count: int, lengths: Sequence[int], names: Sequence[str], device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Scores the checkpoint in the engine, and writes its card anew with the scores; they are kept in scores.json.
+    """Scores the checkpoint in the engine, and puts the scores into its card; they are kept in scores.json.
 
     A task and length that was scored before is scored anew; others stay.  What was exported from a run that has not
     stopped yet has no card.
@@ -236,26 +238,11 @@ def score(
         known["bits"] = evaluate.bits_per_byte(engine, text.evaluation)
         log.info("%s", json.dumps(known["bits"]))
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    size = sum(file.stat().st_size for file in out.iterdir() if file.name != "README.md")
-    if (folder_of(out) / "time.json").is_file():
-        _write_card(recipe, engine.config, out, tree.about, size, known["scores"], known["bits"])
+    written = out / card.FILE
+    if written.is_file():
+        now = card.with_measured(written.read_text(encoding="utf-8"), known["scores"], known["bits"])
+        written.write_text(now, encoding="utf-8")
     return list(known["scores"])
-
-
-def _write_card(
-    recipe: Recipe,
-    config: Any,
-    out: Path,
-    code: str,
-    size: int,
-    scores: list[dict[str, Any]],
-    bits: dict[str, float] | None,
-) -> None:
-    folder = folder_of(out)
-    account = json.loads((folder / "time.json").read_text(encoding="utf-8"))
-    last = metrics.read(folder / "metrics.jsonl")[-1]
-    text = card.model_card(recipe, config, account, last, code, size, scores, bits)
-    (out / "README.md").write_text(text, encoding="utf-8")
 
 
 def compare_optimisers(recipe: Recipe, out: Path) -> None:

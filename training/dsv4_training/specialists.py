@@ -25,7 +25,7 @@ from dsv4_engine.config import ModelConfig
 from dsv4_engine.errors import InputError
 from dsv4_engine.ranks import launched
 
-from . import code_tree, corpus, distill, evaluate, grpo
+from . import card, code_tree, corpus, distill, evaluate, grpo
 from .evaluate import Ground, Sample
 from .export import load_parameters, save_checkpoint
 from .generation import Writer
@@ -37,11 +37,12 @@ from .parameters import working_weights
 from .pools import Pools
 from .post import Comparison, PostRecipe, Specialist, Writing
 from .prompts import END, Plan
-from .run import device_for, workers_for
+from .run import device_for, machine_time, workers_for
 from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 STUDENT = "student"
+TIME = "-time.json"  # behind a specialist's name: its machine time
 SAY_EVERY = 10.0  # seconds between two lines of the log
 AT_ONCE = 1 << 16  # tokens of prompts that are read at a time when answers are compared
 
@@ -103,6 +104,7 @@ class Run:
         return {n: p.detach().to(self.device).requires_grad_(p.requires_grad) for n, p in loaded.items()}
 
     def _specialise(self, specialist: Specialist) -> None:
+        began = time.monotonic()
         parameters = self.parameters(self.base)
         tuned = self.recipe.tuned(specialist)
         state = self.folder / f"{specialist.name}.safetensors"
@@ -122,9 +124,14 @@ class Run:
         note = self._noted(f"{specialist.name}-rewards", rewards.writing.steps)
         grpo.run(learner, rewards, plan.drawn(rewards.writing.steps, self.workers), self.tokenizer, note)
         save_checkpoint(self.out / specialist.name, self.config, parameters, self.definition)
+        self._account(specialist.name, began)
         state.unlink()
 
+    def _account(self, name: str, began: float) -> None:
+        machine_time(self.folder / (name + TIME), time.monotonic() - began, self.device)
+
     def _merge(self) -> None:
+        began = time.monotonic()
         merging = self.recipe.merging
         parameters = self.parameters(self.out / merging.start if merging.start else self.base)
         student = self._learner(parameters, merging.writing, merging.optimiser, 1)
@@ -136,6 +143,13 @@ class Run:
         note = self._noted(STUDENT, merging.writing.steps)
         distill.run(student, teachers, plan.drawn(merging.writing.steps, self.workers), note)
         save_checkpoint(self.out / STUDENT, self.config, parameters, self.definition)
+        self._account(STUDENT, began)
+        base = self.base / card.FILE
+        if base.is_file():
+            kept = {path.name.removesuffix(TIME): path for path in self.folder.glob(f"*{TIME}")}
+            accounts = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in kept.items()}
+            made = card.student_card(base.read_text(encoding="utf-8"), self.recipe, accounts)
+            (self.out / STUDENT / card.FILE).write_text(made, encoding="utf-8")
 
     def _learner(self, parameters: dict[str, torch.Tensor], writing: Writing, optimiser: Any, updates: int) -> Learner:
         steps = writing.steps * updates
