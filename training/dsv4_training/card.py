@@ -100,7 +100,7 @@ distribution on them.
 {rows}
 
 """
-HEADING, SHAPE = "\n## ", "## Shape\n"
+HEADING, SCORES, SHAPE = "\n## ", "## Measured\n", "## Shape\n"
 
 
 def score_table(scores: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -122,15 +122,20 @@ def measured(scores: Sequence[dict[str, Any]], bits: dict[str, float] | None) ->
     return MEASURED.format(scores=written)
 
 
+def is_card(text: str) -> bool:
+    """Whether a checkpoint's README has the sections that are written anew here."""
+    return SCORES in text and SHAPE in text
+
+
 def with_measured(text: str, scores: Sequence[dict[str, Any]], bits: dict[str, float] | None) -> str:
-    """A card with these scores in place of those it has.  Raises ValueError where it has no such section."""
-    first = text.index(MEASURED.partition("\n")[0])
+    """A card with these scores in place of those it has."""
+    first = text.index(SCORES)
     return text[:first] + measured(scores, bits) + "\n" + text[text.index(HEADING, first) :]
 
 
 def student_card(base: str, recipe: PostRecipe, accounts: Mapping[str, dict[str, Any]]) -> str:
     """The base's card without scores, and how its student came to be; accounts: machine time by specialist, and of the
-    "student".  Raises ValueError where ``base`` is no card."""
+    "student"."""
     rows = []
     for one in recipe.specialists:
         tuned = recipe.tuned(one)

@@ -216,7 +216,7 @@ def score(
     """Scores the checkpoint in the engine, and puts the scores into its card; they are kept in scores.json.
 
     A task and length that was scored before is scored anew; others stay.  What was exported from a run that has not
-    stopped yet has no card.
+    stopped yet has no card, and a README that is none is left alone.
     """
     engine = Engine.load(str(out), device=device)
     text = corpus.load()
@@ -239,9 +239,8 @@ def score(
         log.info("%s", json.dumps(known["bits"]))
     path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     written = out / card.FILE
-    if written.is_file():
-        now = card.with_measured(written.read_text(encoding="utf-8"), known["scores"], known["bits"])
-        written.write_text(now, encoding="utf-8")
+    if written.is_file() and card.is_card(old := written.read_text(encoding="utf-8")):
+        written.write_text(card.with_measured(old, known["scores"], known["bits"]), encoding="utf-8")
     return list(known["scores"])
 
 

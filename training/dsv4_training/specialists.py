@@ -145,10 +145,10 @@ class Run:
         save_checkpoint(self.out / STUDENT, self.config, parameters, self.definition)
         self._account(STUDENT, began)
         base = self.base / card.FILE
-        if base.is_file():
+        if base.is_file() and card.is_card(text := base.read_text(encoding="utf-8")):
             kept = {path.name.removesuffix(TIME): path for path in self.folder.glob(f"*{TIME}")}
             accounts = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in kept.items()}
-            made = card.student_card(base.read_text(encoding="utf-8"), self.recipe, accounts)
+            made = card.student_card(text, self.recipe, accounts)
             (self.out / STUDENT / card.FILE).write_text(made, encoding="utf-8")
 
     def _learner(self, parameters: dict[str, torch.Tensor], writing: Writing, optimiser: Any, updates: int) -> Learner:
