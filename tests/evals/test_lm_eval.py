@@ -17,15 +17,10 @@ from lm_eval.api.model import CachingLM
 from dsv4_evals.errors import EvalError, ModelError, RunError, TooLongError
 from dsv4_evals.lm_eval_model import Journal, LmDrawing, ProtocolLM
 from dsv4_evals.model import Settings
+from support.lm_eval_case import DOCUMENT
 from support.scripted_model import ScriptedModel
 
-DOCUMENT = "The mill was built in 1783. " * 60  # long enough to be worth sharing
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(name, "1")
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def generation(context: str, doc: int = 0, **kwargs: Any) -> Instance:

@@ -80,9 +80,9 @@ evals/dsv4_evals/data/SOURCES.md has the details. One document in ten, chosen by
 {heads} query heads of {head_dim}, {experts} experts of which {active} are used, {hashed} hash layers, mHC {streams},
 {index_heads} index heads, top {topk}, window {window}, vocabulary {vocabulary}; {megabytes:.1f} MB.
 """
+SCORES, SHAPE = "## Measured\n", "## Shape\n"  # headings of what is written anew, and of what that stands before
 MEASURED = """\
-## Measured
-
+{heading}
 Answers generated greedily by dsv4's engine from the published precision. Keys, numbers, variable names, code and the
 text around them were never trained on. 95% intervals (Wilson).
 
@@ -100,7 +100,7 @@ distribution on them.
 {rows}
 
 """
-HEADING, SCORES, SHAPE = "\n## ", "## Measured\n", "## Shape\n"
+HEADING = "\n## "
 
 
 def score_table(scores: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -119,7 +119,7 @@ def measured(scores: Sequence[dict[str, Any]], bits: dict[str, float] | None) ->
     if bits is not None:
         written += f"\n\nBits a byte of {bits['bytes']:,.0f} bytes of held-out text: {bits['model']:.2f} (`xz -9`: "
         written += f"{bits['xz']:.2f})."
-    return MEASURED.format(scores=written)
+    return MEASURED.format(heading=SCORES, scores=written)
 
 
 def is_card(text: str) -> bool:

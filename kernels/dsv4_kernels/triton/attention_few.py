@@ -39,13 +39,12 @@ from .attention_hopper import (
     VALUES,
     WIDE,
     WORDS,
-    barrier,
     fetch,
     narrow,
     unpack,
     widen,
 )
-from .linear_many import barriers
+from .staging import barrier, barriers
 
 PART = gl.constexpr(64)  # channels that a program sums: they share a scale
 COLUMNS = gl.constexpr(16)  # heads that a program sums

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+from .staging import barrier
 
 HEADS = gl.constexpr(64)
 CHANNELS = gl.constexpr(512)

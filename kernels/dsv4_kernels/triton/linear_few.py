@@ -21,8 +21,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gpu import processors_of
-from .linear_many import barriers, power
+from .linear_many import power
 from .rounded import ROUND_BLOCK
+from .staging import barriers
 
 SHARED_BYTES = 110 << 10  # of a program, so that two share a multiprocessor
 

@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..rounding import FP8_AMAX_FLOOR
 from .gpu import processors_of
+from .staging import barriers
 
 BAND = 8  # output tiles that are worked on side by side
 SHARED_BYTES = 226 << 10  # of a multiprocessor, less what barriers take
@@ -35,17 +36,6 @@ FLOOR = gl.constexpr(FP8_AMAX_FLOOR)
 def power(exponent):
     """2^(exponent - 127) of an e8m0 byte: float32."""
     return gl.maximum(exponent.to(gl.int32) << 23, 1 << 22).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """Per stage a barrier for what has arrived, and one for what READERS have read."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=READERS)
-    return full, empty
 
 
 @gluon.jit

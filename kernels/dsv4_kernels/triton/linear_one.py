@@ -30,8 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .gpu import processors_of
 from .linear_many import power, round_by, to_codes
 from .rounded import ROUND_BLOCK
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+from .staging import barrier
 
 STAGE_BYTES = 32 << 10  # of weights
 SHARED_BYTES = 226 << 10  # of a multiprocessor, less what barriers take

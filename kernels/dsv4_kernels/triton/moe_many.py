@@ -15,10 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .linear_many import barriers
 from .moe_few import bytes_layout, operand, reordered, rounded, swiglu, unpack
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+from .staging import barrier, barriers
 
 R = gl.constexpr(64)
 SCALES = tl.constexpr(32)  # a tile's scales of 128 inputs take as many places at least: the copy engine's alignment

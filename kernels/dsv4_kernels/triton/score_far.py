@@ -14,8 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .rows import SEGMENT_ROWS
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+from .staging import barrier
 
 R = gl.constexpr(64)
 _SEGMENT = gl.constexpr(SEGMENT_ROWS)

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gpu import processors_of
+from .staging import barrier, barriers
 
 if TYPE_CHECKING:
     from .hyper_connection import Write
@@ -34,7 +35,6 @@ SHARED_BYTES = 224 << 10  # of a multiprocessor, less what barriers and changes 
 MOST_STAGES = 4
 MOST_ROUTED = 6  # results that leave room for the two stages that it takes
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
 T, R = gl.constexpr(64), gl.constexpr(32)
 WIDE = gl.constexpr(72)  # rows of a range's weights: three parts of 24 coefficients
 BOX = gl.constexpr(gl.NVMMASharedLayout(64, 16, rank=2))
@@ -223,11 +223,7 @@ def _write_and_project(
     f_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TEAMS * (1 + ROUTED) if WRITE else 1, T, R], BOX)
     wide_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, 64, R], BOX)
     last_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 4, 8, R], BOX)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=TEAMS)
+    full, empty = barriers(STAGES, TEAMS)
     # fmt: off
     gl.warp_specialize([
         (_multiply, (gl.constexpr(0), out_desc, post_ptr, comb_ptr, partial_ptr, x_s, f_s, wide_s, last_s, full, empty,
