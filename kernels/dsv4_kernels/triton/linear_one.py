@@ -244,6 +244,9 @@ def linear_one(
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, acc.type.layout))
     place = out_ptr + token.to(gl.int64)[None, :] * outputs + o[:, None]
     gl.store(place, acc.to(out_ptr.dtype.element_ty), mask=(token < tokens)[None, :] & (o < outputs)[:, None])
+    # Until here they are barriers: nothing else is to be put in their place (see moe_many.py).
+    for stage in gl.static_range(TOTAL + 1):
+        mbarrier.invalidate(full.index(stage))
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------

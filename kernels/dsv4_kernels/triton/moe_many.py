@@ -366,9 +366,13 @@ def many(
     early_s = gl.allocate_shared_memory(gl.float32, [PIECES if GATED else 1, 64, PN if GATED else 4], HELD)
     late_s = gl.allocate_shared_memory(gl.float32, [1, 64, PN if GATED else 4], HELD)
     full, empty = barriers(STAGES, WGS)
-    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(done.index(0), count=WGS)
-    mbarrier.init(done.index(1), count=WGS)
+    # A barrier that nobody waits for would be dead from here on, and its place be given to what changes layouts.  But
+    # memory that was made a barrier is not for data: it changed under them when the GPU went to another process.
+    done = full
+    if GATED:
+        done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(done.index(0), count=WGS)
+        mbarrier.init(done.index(1), count=WGS)
     # fmt: off
     if WGS == 4:
         gl.warp_specialize([
