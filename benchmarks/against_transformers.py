@@ -198,8 +198,8 @@ def main() -> int:
         more = "+" if row["at_least"] else ""
         ratio = f"{row['ratio']:.1f}x{more}" if agree else "none: the outputs disagree"
         share = "" if row["share"] is None else f"{row['share']:.0%}"
-        ours, theirs = _show(row["dsv4"], row["unit"]), _show(row["transformers"], row["unit"]) + more
-        print(f"{row['name']:36}{ours:>12}{theirs:>14}{ratio:>9}  {share}")
+        mine, other = _show(row["dsv4"], row["unit"]), _show(row["transformers"], row["unit"]) + more
+        print(f"{row['name']:36}{mine:>12}{other:>14}{ratio:>9}  {share}")
     print(json.dumps({"weights": weights, "agree": agree, "error": max(errors), "rows": rows}))
     return 0 if agree else 1
 

@@ -44,7 +44,8 @@ def main() -> int:
             def fetch() -> None:
                 results["fetched"] = gathered_attention(q, near, far, picked, sink, WINDOW)  # noqa: B023
 
-            score(), fetch()
+            score()
+            fetch()
             error = float((results["all"] - results["fetched"]).norm() / results["all"].norm())
             if error > TOLERANCE:
                 print(f"the outputs disagree by {error:.1e}")

@@ -124,10 +124,10 @@ def many(folder: Path, count: int) -> dict[str, float]:
         found["say why not"] = median(lambda: store.miss(next(first)[0]))
         found["touch 512"] = median(lambda: store.touch(whole))
         found["statistics"] = median(store.stats, 3)
-        each = iter(links)
+        fresh = iter(links)
 
         def write() -> None:
-            link = next(each)[0]
+            link = next(fresh)[0]
             assert store.write(link, "rows", content(link))
 
         found["write 1 KB"] = median(write)

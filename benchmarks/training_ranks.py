@@ -112,13 +112,13 @@ def main() -> int:
         each = min(8192, options.length)
         many = Stage("many", 1, each, each * 2 * count, "sparse", index_rows=each // 4 * count)
         long = Stage("long", 1, options.length, options.length, "sparse")
-        for name, stage, world in (
+        for name, stage, parts in (
             (f"{many.batch} x {each:,}, one process", many, None),
             (f"{many.batch} x {each:,}, batches divided", many, by_batch),
             (f"1 x {long.length:,}, one process", long, None),
             (f"1 x {long.length:,}, sequence divided", long, by_sequence),
         ):
-            found["steps"][name] = timed(made(stage, device, world), stage, options.steps)
+            found["steps"][name] = timed(made(stage, device, parts), stage, options.steps)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     leave()

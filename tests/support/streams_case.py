@@ -220,6 +220,16 @@ def index_queries(y: Tensor, phases: Tensor) -> Tensor:
     return hadamard(turned(y.double(), phases))
 
 
+def index_queries_hold(codes: Tensor, folded_SI: Tensor, weights_SI: Tensor, want: Tensor) -> bool:
+    """Whether e4m3 codes and the weights with what was divided out of them are what float64 [S, I, E] rounds to.
+
+    A power of two of each head may lie in the query or in its weight; bf16 takes back what the quotient rounded.
+    """
+    scale = folded_SI / (weights_SI * (codes.shape[1] * codes.shape[2]) ** -0.5)
+    even, odd = (codes.float() * scale[..., None]).to(torch.bfloat16).chunk(2, -1)
+    return between(torch.stack([even, odd], -1).flatten(-2), want, want, round_fp4)
+
+
 # ---- compressor ------------------------------------------------------------------------------------------------------
 
 
