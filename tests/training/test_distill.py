@@ -155,6 +155,21 @@ def test_each_teacher_judges_its_own_questions(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+def test_the_student_is_the_mean_of_its_last_steps() -> None:
+    student = learner(5, 2, 1, 2)
+    steps: list[dict[str, Tensor]] = []
+
+    def note(_record: object) -> None:
+        steps.append({name: value.detach().clone() for name, value in student.parameters.items()})
+
+    distill.run(student, [teacher("a", 7), teacher("b", 8)], [questions(2)] * 5, note, 3)
+    for name, value in student.parameters.items():
+        last = [step[name] for step in steps[2:]]
+        wanted = sum(last[1:], last[0]) / 3 if value.is_floating_point() else last[-1]
+        torch.testing.assert_close(value.detach(), wanted, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(steps[2]["norm.weight"], steps[4]["norm.weight"])
+
+
 def test_the_student_comes_nearer_to_both() -> None:
     student, teachers = learner(25, 4, 2, 2), [teacher("a", 7), teacher("b", 8)]
     records: list[dict[str, float]] = []

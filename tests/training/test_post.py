@@ -61,6 +61,7 @@ def test_the_shipped_recipe_is_read() -> None:
         ("needles = 0.60", "needles = 0.70", r"shares in \[data\]"),
         ("updates = 1", "updates = true", "rewards.updates is True"),
         ('start = "code"', 'start = "base"', "merging.start is 'base'"),
+        ("average = 0.5", "average = 2.0", "merging.average is 2.0"),
     ],
 )
 def test_a_wrong_recipe_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:

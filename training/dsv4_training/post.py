@@ -64,11 +64,13 @@ class Rewards:
 @dataclass(frozen=True)
 class Merging:
     """On-policy distillation; the questions of a step are dealt out to the specialists in turn.  start: the specialist
-    that the student begins as (what takes a new skill to learn is not learnt from few answers); empty: the base."""
+    that the student begins as (what takes a new skill to learn is not learnt from few answers); empty: the base.
+    average: share of the steps, the last ones, over which the student's weights are averaged."""
 
     writing: Writing
     optimiser: Optimiser
     start: str = ""
+    average: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def check(recipe: PostRecipe) -> None:
         f"One of {', '.join(names)}, or nothing for the base.",
     )
     need("student" not in names, 'a specialist is named "student"', "That is what they are merged into.")
+    average = recipe.merging.average
+    need(0 <= average <= 1, f"merging.average is {average}", "A share of the steps, 0 to 1.")
     for specialist in recipe.specialists:
         unknown = [name for name in specialist.grounds if name not in TASKS]
         need(

@@ -141,7 +141,8 @@ class Run:
         ]
         plan = self._plan(self.recipe.specialists, merging.writing)
         note = self._noted(STUDENT, merging.writing.steps)
-        distill.run(student, teachers, plan.drawn(merging.writing.steps, self.workers), note)
+        average = round(merging.average * merging.writing.steps)
+        distill.run(student, teachers, plan.drawn(merging.writing.steps, self.workers), note, average)
         save_checkpoint(self.out / STUDENT, self.config, parameters, self.definition)
         self._account(STUDENT, began)
         base = self.base / card.FILE
