@@ -53,7 +53,9 @@ def test_the_shipped_recipe_is_read() -> None:
         ("seed = 11\n", "", "lacks seed"),
         ("length = 3968\nanswer = 64\npasses = 8", "length = 2000\nanswer = 64\npasses = 8", "2000 is not a multiple"),
         ("passes = 8", "passes = 7", "64 answers a step cannot be learnt from in 7 passes"),
-        ("passes = 6", "passes = 4", "24 prompts in 4 passes cannot be dealt out to 3"),
+        ("prompts = 24", "prompts = 25", "student-2: 50 answers a step cannot be learnt from in 12 passes"),
+        ("passes = 12", "passes = 16", "student-1: 48 prompts in 16 passes cannot be dealt out to 3"),
+        ('name = "retrieval"', 'name = "student-1"', 'a specialist is named "student-1"'),
         ('name = "code"', 'name = "tracking"', "two specialists or more, each with a name of its own"),
         ('grounds = ["code"]', 'grounds = ["cod"]', "grounds cod"),
         ('grounds = ["code"]', "grounds = []", "grounds are missing"),
@@ -61,7 +63,6 @@ def test_the_shipped_recipe_is_read() -> None:
         ("needles = 0.60", "needles = 0.70", r"shares in \[data\]"),
         ("updates = 1", "updates = true", "rewards.updates is True"),
         ('start = "code"', 'start = "base"', "merging.start is 'base'"),
-        ("average = 0.5", "average = 2.0", "merging.average is 2.0"),
     ],
 )
 def test_a_wrong_recipe_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -183,14 +184,25 @@ passes = 2
 warmup_steps = 1
 [merging]
 start = "tracking"
-[merging.writing]
+[[merging.students]]
+[merging.students.writing]
 steps = 2
 prompts = 2
 answers = 1
 length = 512
 answer = 8
 passes = 2
-[merging.optimiser]
+[merging.students.optimiser]
+warmup_steps = 1
+[[merging.students]]
+[merging.students.writing]
+steps = 1
+prompts = 2
+answers = 1
+length = 512
+answer = 8
+passes = 2
+[merging.students.optimiser]
 warmup_steps = 1
 [comparison]
 questions = 2
@@ -220,19 +232,29 @@ def test_a_run_makes_specialists_and_a_student(tmp_path: Path, source: packing.S
     run = Run(recipe, tmp_path / "base", tmp_path / "out", torch.device("cpu"), 0)
     with pytest.raises(InputError, match="no specialist sums"):
         run.train("sums")
-    with pytest.raises(InputError, match="retrieval yet"):
-        run.train("student")
+    for student in ("student", "student-1"):
+        with pytest.raises(InputError, match="retrieval yet"):
+            run.train(student)
     run.train("tracking")
     assert not (tmp_path / "out" / "retrieval").exists()
     alone = (tmp_path / "out" / "tracking" / "model.safetensors").read_bytes()
+    run.train("retrieval")
+    run.train("student-2")
+    assert not (tmp_path / "out" / "student-1").exists() and not (tmp_path / "out" / "student").exists()
     run.train()
     assert (tmp_path / "out" / "tracking" / "model.safetensors").read_bytes() == alone
     made = {name: (tmp_path / "out" / name / "model.safetensors") for name in ("retrieval", "tracking", "student")}
     bytes_of = {name: file.read_bytes() for name, file in made.items()}
     assert len(set(bytes_of.values())) == 3
     assert bytes_of["student"] != (tmp_path / "base" / "model.safetensors").read_bytes()
-    assert ", CPU |" in (made["student"].parent / "README.md").read_text(encoding="utf-8")
-    made["student"].parent.joinpath("config.json").unlink()
+    written = (made["student"].parent / "README.md").read_text(encoding="utf-8")
+    assert "the mean of 2 students' weights" in written and "| student-2 |  |  | 1 | 0" in written
+    each = [load_parameters(tmp_path / "out" / f"student-{number}")[1] for number in (1, 2)]
+    mean = load_parameters(made["student"].parent)[1]["layers.1.attn.wo_b.weight"]  # rounded to FP8
+    wanted = (each[0]["layers.1.attn.wo_b.weight"] + each[1]["layers.1.attn.wo_b.weight"]) / 2
+    assert (mean - wanted).norm() < 0.05 * wanted.norm()
+    for name in ("student", "student-1"):
+        (tmp_path / "out" / name / "config.json").unlink()
     run.train()
     assert made["student"].read_bytes() == bytes_of["student"]  # the same seed, the same student
     rows = run.compare()

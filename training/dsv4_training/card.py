@@ -91,9 +91,9 @@ POST = """\
 ### Post-training
 
 `python -m dsv4_training post-train --recipe {name}.toml` made specialists of that model, each tuned on data of its own
-and then rewarded for right answers (GRPO, {answers} answers to a question), and merged them by on-policy distillation:
-the student began as {start}, wrote answers to each specialist's questions, and learnt that specialist's whole
-distribution on them.
+and then rewarded for right answers (GRPO, {answers} answers to a question), and merged them by on-policy distillation
+into {students}. A student began as {start}, wrote answers to each specialist's questions, and learnt that
+specialist's whole distribution on them.
 
 | | steps of tuning | million tokens | steps of rewards or merging | minutes, machine |
 |---|---|---|---|---|
@@ -134,19 +134,20 @@ def with_measured(text: str, scores: Sequence[dict[str, Any]], bits: dict[str, f
 
 
 def student_card(base: str, recipe: PostRecipe, accounts: Mapping[str, dict[str, Any]]) -> str:
-    """The base's card without scores, and how its student came to be; accounts: machine time by specialist, and of the
-    "student"."""
+    """The base's card without scores, and how its student came to be; accounts: machine time by specialist and student."""
     rows = []
     for one in recipe.specialists:
         tuned = recipe.tuned(one)
         tokens = sum(stage.steps * stage.tokens for stage in tuned.stages) / 1e6
         rows.append((one.name, f"{tuned.steps:,}", f"{tokens:,.0f}", recipe.rewards.writing.steps))
-    rows.append(("student", "", "", recipe.merging.writing.steps))
+    students = recipe.merging.named()
+    rows += [(name, "", "", one.writing.steps) for name, one in students.items()]
     time = {name: f"{account['seconds'] / 60:.1f}, {account['device']}" for name, account in accounts.items()}
     made = POST.format(
         name=recipe.name,
         answers=recipe.rewards.writing.answers,
         start=f"the specialist of {recipe.merging.start}" if recipe.merging.start else "the base",
+        students="one student" if len(students) == 1 else f"the mean of {len(students)} students' weights",
         rows="\n".join(f"| {n} | {a} | {b} | {c} | {time.get(n, 'not kept')} |" for n, a, b, c in rows),
     )
     card = with_measured(base, [], None)

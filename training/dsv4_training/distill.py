@@ -65,37 +65,22 @@ def divergence(hidden_BTD: Tensor, head_VD: Tensor, answers: Answers, teacher: T
     return reverse_kl(hidden_BTD[answers.mask], head_VD, cached_ND, teacher.weights["head.weight"]).mean()
 
 
-class Mean:
-    """The mean of parameters over the steps that are added: less noisy than any step's (Izmailov et al., 2018)."""
+def mean(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of the models' parameters; what is no floating-point number is the first one's.
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
-        self._parameters = {name: value for name, value in parameters.items() if value.is_floating_point()}
-        self._mean: dict[str, Tensor] = {}
-        self._steps = 0
-
-    @torch.no_grad()
-    def add(self) -> None:
-        self._steps += 1
-        for name, value in self._parameters.items():
-            self._mean.setdefault(name, value.detach().clone()).lerp_(value, 1 / self._steps)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Makes it the parameters, if there were steps."""
-        for name, mean in self._mean.items():
-            self._parameters[name].copy_(mean)
+    Students of one model that have learnt the same from different answers lie in one valley of the loss, and their
+    mean errs less than each (Wortsman et al., 2022, "model soups").
+    """
+    return {
+        name: torch.stack([model[name].detach() for model in models]).mean(0) if value.is_floating_point() else value
+        for name, value in models[0].items()
+    }
 
 
 def run(
-    student: Learner,
-    teachers: Sequence[Teacher],
-    questions: Iterable[list[Question]],
-    note: Callable[[Record], Any],
-    average: int = 0,
+    student: Learner, teachers: Sequence[Teacher], questions: Iterable[list[Question]], note: Callable[[Record], Any]
 ) -> None:
-    """All steps.  questions: of each step, as many for each teacher, in their order; average: how many of the last
-    steps the student's weights are in the end the mean of."""
-    mean = Mean(student.parameters)
+    """All steps.  questions: of each step, as many for each teacher, in their order."""
     whole = sum(teacher.weight for teacher in teachers)
     shares = [teacher.weight / whole for teacher in teachers]
     passes = student.writing.passes
@@ -119,10 +104,7 @@ def run(
             return shares[who] * value / each, noted
 
         noted, norm = student.learn(answers, loss)
-        if step > student.writing.steps - average:
-            mean.add()
         by_teacher = {f"kl_{t.name}": round(v, 5) for t, v in zip(teachers, noted.tolist(), strict=True)}
         lengths = answers.written.lengths.float().mean()
         record: Record = {"step": step, "kl": round(sum(s * v for s, v in zip(shares, noted.tolist(), strict=True)), 5)}
         note(record | by_teacher | {"tokens": round(float(lengths), 2), "grad_norm": round(float(norm), 4)})
-    mean.take()

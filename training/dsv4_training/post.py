@@ -62,15 +62,24 @@ class Rewards:
 
 
 @dataclass(frozen=True)
-class Merging:
-    """On-policy distillation; the questions of a step are dealt out to the specialists in turn.  start: the specialist
-    that the student begins as (what takes a new skill to learn is not learnt from few answers); empty: the base.
-    average: share of the steps, the last ones, over which the student's weights are averaged."""
-
+class Student:
     writing: Writing
     optimiser: Optimiser
+
+
+@dataclass(frozen=True)
+class Merging:
+    """On-policy distillation; the questions of a step are dealt out to the specialists in turn.
+
+    students: learn apart from each other; the mean of their weights is the student.  start: the specialist that they
+    begin as (what takes a new skill to learn is not learnt from few answers); empty: the base.
+    """
+
+    students: tuple[Student, ...]
     start: str = ""
-    average: float = 0.0
+
+    def named(self) -> dict[str, Student]:
+        return {f"student-{number}": student for number, student in enumerate(self.students, 1)}
 
 
 @dataclass(frozen=True)
@@ -140,9 +149,8 @@ def check(recipe: PostRecipe) -> None:
         f"merging.start is {recipe.merging.start!r}",
         f"One of {', '.join(names)}, or nothing for the base.",
     )
-    need("student" not in names, 'a specialist is named "student"', "That is what they are merged into.")
-    average = recipe.merging.average
-    need(0 <= average <= 1, f"merging.average is {average}", "A share of the steps, 0 to 1.")
+    taken = {"student", *recipe.merging.named()} & set(names)
+    need(not taken, f'a specialist is named "{min(taken, default="")}"', "That is what they are merged into.")
     for specialist in recipe.specialists:
         unknown = [name for name in specialist.grounds if name not in TASKS]
         need(
@@ -152,7 +160,9 @@ def check(recipe: PostRecipe) -> None:
         )
         need(specialist.weight > 0, f"specialist {specialist.name!r}: weight {specialist.weight}", "More than 0.")
         recipes.check(recipe.tuned(specialist))
-    for name, writing in (("rewards", recipe.rewards.writing), ("merging", recipe.merging.writing)):
+    students = {name: student.writing for name, student in recipe.merging.named().items()}
+    need(bool(students), "merging makes no student", "Give at least one as [[merging.students]].")
+    for name, writing in {"rewards": recipe.rewards.writing, **students}.items():
         need(
             writing.length > 0 and writing.length % BLOCK == 0,
             f"{name}: length {writing.length} is not a multiple of {BLOCK}",
@@ -171,10 +181,11 @@ def check(recipe: PostRecipe) -> None:
         "Set rewards.writing.answers to 8 or so.",
     )
     need(recipe.rewards.updates > 0 and 0 < recipe.rewards.clip < 1, "rewards: updates or clip", "1 and 0.2, or so.")
-    need(
-        recipe.merging.writing.prompts % len(names) == 0 and recipe.merging.writing.passes % len(names) == 0,
-        f"merging: {recipe.merging.writing.prompts} prompts in {recipe.merging.writing.passes} passes cannot be dealt "
-        f"out to {len(names)} specialists",
-        "Multiples of their number.",
-    )
+    for name, writing in students.items():
+        need(
+            writing.prompts % len(names) == 0 and writing.passes % len(names) == 0,
+            f"{name}: {writing.prompts} prompts in {writing.passes} passes cannot be dealt out to {len(names)} "
+            "specialists",
+            "Multiples of their number.",
+        )
     need(all(n > 255 for n in recipe.comparison.lengths), "comparison.lengths", "Tokens, from 256 on.")

@@ -1,8 +1,8 @@
 """Post-training as a whole: specialists from one checkpoint, their merging, and how the student compares with them.
 
-Owns the order of the stages and their folders: OUT/NAME for every specialist, OUT/student, and OUT/run with
-the recipe and records.  What has a checkpoint is not run again; a stage that was killed starts anew, but for the
-supervised one, which goes on from its state.
+Owns the order of the stages and their folders: OUT/NAME for every specialist, OUT/student-1 and so on (not rounded),
+OUT/student, their mean, and OUT/run with the recipe and records.  What has a checkpoint is not run again; a stage that
+was killed starts anew, but for the supervised one, which goes on from its state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .trainer import Trainer
 
 log = logging.getLogger(__name__)
 STUDENT = "student"
-TIME = "-time.json"  # behind a specialist's name: its machine time
+TIME = "-time.json"  # behind a specialist's or student's name: its machine time
 SAY_EVERY = 10.0  # seconds between two lines of the log
 AT_ONCE = 1 << 16  # tokens of prompts that are read at a time when answers are compared
 
@@ -53,6 +53,7 @@ class Run:
     def __init__(self, recipe: PostRecipe, base: Path, out: Path, device: torch.device, workers: int) -> None:
         """Raises InputError when the base is not the recipe's model, or text is missing."""
         self.recipe, self.base, self.out, self.device, self.workers = recipe, base, out, device, workers
+        self.students = recipe.merging.named()
         given, _ = load_parameters(base)
         self.config = recipe.model.config()
         # The base may be as published, or a copy that is not packed.
@@ -79,22 +80,29 @@ class Run:
         named = [s for s in self.recipe.specialists if only in (None, s.name)]
         if not named:
             names = ", ".join(s.name for s in self.recipe.specialists)
-            raise InputError(f"there is no specialist {only}", f"There are {names}, and {STUDENT} for training.")
+            students = ", ".join([*self.students, STUDENT])
+            raise InputError(f"there is no specialist {only}", f"There are {names}, and for training {students}.")
         return named
 
     def train(self, only: str | None = None) -> None:
-        """All that is not there yet, or of it ``only`` one specialist or the student.
+        """All that is not there yet, or of it ``only`` one specialist, one student or all of them and their mean.
 
-        Specialists know nothing of each other: each may have a process and a GPU of its own.  Raises InputError for a
-        name that there is not, and for a student whose teachers are not there.
+        Specialists know nothing of each other, nor do students: each may have a process and a GPU of its own.  Raises
+        InputError for a name that there is not, and for a student whose teachers are not there.
         """
-        for specialist in [] if only == STUDENT else self._named(only):
+        merging = only in (None, STUDENT, *self.students)
+        for specialist in self._named(only) if only is None or not merging else []:
             if not self._there(specialist.name):
                 self._specialise(specialist)
-        if only in (None, STUDENT) and not self._there(STUDENT):
-            if missing := [s.name for s in self.recipe.specialists if not self._there(s.name)]:
-                raise InputError(f"there is no {self.out / missing[0]} yet", "Make the specialists first.")
-            self._merge()
+        if not merging or self._there(STUDENT):
+            return
+        if missing := [s.name for s in self.recipe.specialists if not self._there(s.name)]:
+            raise InputError(f"there is no {self.out / missing[0]} yet", "Make the specialists first.")
+        for name in self.students:
+            if only in (None, STUDENT, name) and not self._there(name):
+                self._merge(name)
+        if only not in self.students:
+            self._average()
 
     def _there(self, name: str) -> bool:
         return (self.out / name / "config.json").is_file()
@@ -120,7 +128,7 @@ class Run:
         del trainer
         rewards = self.recipe.rewards
         learner = self._learner(parameters, rewards.writing, rewards.optimiser, rewards.updates)
-        plan = self._plan((specialist,), rewards.writing)
+        plan = self._plan((specialist,), rewards.writing, specialist.name)
         note = self._noted(f"{specialist.name}-rewards", rewards.writing.steps)
         grpo.run(learner, rewards, plan.drawn(rewards.writing.steps, self.workers), self.tokenizer, note)
         save_checkpoint(self.out / specialist.name, self.config, parameters, self.definition)
@@ -130,21 +138,25 @@ class Run:
     def _account(self, name: str, began: float) -> None:
         machine_time(self.folder / (name + TIME), time.monotonic() - began, self.device)
 
-    def _merge(self) -> None:
+    def _merge(self, name: str) -> None:
         began = time.monotonic()
-        merging = self.recipe.merging
-        parameters = self.parameters(self.out / merging.start if merging.start else self.base)
-        student = self._learner(parameters, merging.writing, merging.optimiser, 1)
+        start, own = self.recipe.merging.start, self.students[name]
+        parameters = self.parameters(self.out / start if start else self.base)
+        student = self._learner(parameters, own.writing, own.optimiser, 1)
         teachers = [
             distill.Teacher.of(s.name, self.parameters(self.out / s.name), s.weight, student.mode)
             for s in self.recipe.specialists
         ]
-        plan = self._plan(self.recipe.specialists, merging.writing)
-        note = self._noted(STUDENT, merging.writing.steps)
-        average = round(merging.average * merging.writing.steps)
-        distill.run(student, teachers, plan.drawn(merging.writing.steps, self.workers), note, average)
-        save_checkpoint(self.out / STUDENT, self.config, parameters, self.definition)
-        self._account(STUDENT, began)
+        plan = self._plan(self.recipe.specialists, own.writing, name)
+        note = self._noted(name, own.writing.steps)
+        distill.run(student, teachers, plan.drawn(own.writing.steps, self.workers), note)
+        save_checkpoint(self.out / name, self.config, parameters, self.definition, quantised=False)
+        self._account(name, began)
+
+    def _average(self) -> None:
+        """The student, with a card where the base has one."""
+        mean = distill.mean([self.parameters(self.out / name) for name in self.students])
+        save_checkpoint(self.out / STUDENT, self.config, mean, self.definition)
         base = self.base / card.FILE
         if base.is_file() and card.is_card(text := base.read_text(encoding="utf-8")):
             kept = {path.name.removesuffix(TIME): path for path in self.folder.glob(f"*{TIME}")}
@@ -156,8 +168,8 @@ class Run:
         steps = writing.steps * updates
         return Learner(self.config, parameters, writing, optimiser, steps, self.recipe.seed, self.device)
 
-    def _plan(self, specialists: Sequence[Specialist], writing: Writing) -> Plan:
-        seed = f"{self.recipe.seed}/{'+'.join(s.name for s in specialists)}"
+    def _plan(self, specialists: Sequence[Specialist], writing: Writing, of: str) -> Plan:
+        seed = f"{self.recipe.seed}/{of}"
         data = tuple(s.data for s in specialists)
         return Plan(seed, self.source, data, self.recipe.tuning, writing.prompts, writing.length)
 
