@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--context", type=int, default=1, help="train, under torchrun: processes that share a sequence (default: 1)"
     )
-    p.add_argument("--only", metavar="NAME", help="post-*: one specialist; post-train also: student, student-1 (default: all)")
+    p.add_argument(
+        "--only", metavar="NAME", help="post-*: one specialist; post-train also: student, student-1 (default: all)"
+    )
     p.add_argument("--base", type=Path, help="post-train, post-compare: folder of the checkpoint to start from")
     return p
 

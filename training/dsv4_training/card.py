@@ -134,7 +134,7 @@ def with_measured(text: str, scores: Sequence[dict[str, Any]], bits: dict[str, f
 
 
 def student_card(base: str, recipe: PostRecipe, accounts: Mapping[str, dict[str, Any]]) -> str:
-    """The base's card without scores, and how its student came to be; accounts: machine time by specialist and student."""
+    """The base's card without scores, and how its student came to be; accounts: machine time of each that was made."""
     rows = []
     for one in recipe.specialists:
         tuned = recipe.tuned(one)
