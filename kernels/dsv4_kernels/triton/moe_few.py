@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..rounding import FP8_AMAX_FLOOR
+from .packing import nibbles_to_e4m3
 
 FEW = gl.constexpr(8)  # pairs of a tile of `few`: the fewest columns of wgmma
 FLOOR = gl.constexpr(FP8_AMAX_FLOOR)
@@ -131,27 +132,7 @@ def unpack(code, scales, largest, table_ptr, BYTES: gl.constexpr, FP8: gl.conste
         code = gl.convert_layout(gl.reshape(code, [R, 4, 4]), WORDS, assert_trivial=True)
         code, low = gl.broadcast(code, gl.expand_dims(values.to(gl.int32), 2))
         code, high = gl.broadcast(code, gl.expand_dims((values >> 32).to(gl.int32), 2))
-        return gl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 magnitude, high, low, first, second, sign;
-            and.b32 magnitude, $2, 0x77777777;
-            shr.u32 high, magnitude, 16;
-            prmt.b32 first, $3, $4, magnitude;
-            prmt.b32 second, $3, $4, high;
-            prmt.b32 low, first, second, 0x6420;
-            prmt.b32 high, first, second, 0x7531;
-            shl.b32 sign, $2, 4;
-            lop3.b32 $0, sign, 0x80808080, low, 0xea;
-            lop3.b32 $1, $2, 0x80808080, high, 0xea;
-            }
-            """,
-            "=r,=r,r,r,r",
-            [code, low, high],
-            dtype=(gl.int32, gl.int32),
-            is_pure=False,
-            pack=1,
-        )
+        return nibbles_to_e4m3(code, low, high, False)
 
 
 @gluon.jit

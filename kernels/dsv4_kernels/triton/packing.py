@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..rounding import FP4_AMAX_FLOOR
@@ -225,6 +227,35 @@ def from_e2m1(code, values):
             is_pure=True,
             pack=4,
         )
+
+
+@gluon.jit
+def nibbles_to_e4m3(code, low, high, PURE: gl.constexpr):
+    """Words of eight e2m1 codes as e4m3: the low nibbles' word and the high ones'.
+
+    low, high: the bytes that magnitudes 0 to 3 and 4 to 7 become (see `from_e2m1`).  PURE: the compiler may move it.
+    """
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 magnitude, high, low, first, second, sign;
+        and.b32 magnitude, $2, 0x77777777;
+        shr.u32 high, magnitude, 16;
+        prmt.b32 first, $3, $4, magnitude;
+        prmt.b32 second, $3, $4, high;
+        prmt.b32 low, first, second, 0x6420;
+        prmt.b32 high, first, second, 0x7531;
+        shl.b32 sign, $2, 4;
+        lop3.b32 $0, sign, 0x80808080, low, 0xea;
+        lop3.b32 $1, $2, 0x80808080, high, 0xea;
+        }
+        """,
+        "=r,=r,r,r,r",
+        [code, low, high],
+        dtype=(gl.int32, gl.int32),
+        is_pure=PURE,
+        pack=1,
+    )
 
 
 @triton.jit

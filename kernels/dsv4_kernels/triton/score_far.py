@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .packing import nibbles_to_e4m3
 from .rows import SEGMENT_ROWS
 from .staging import barrier
 
@@ -35,32 +36,6 @@ BYTES = gl.constexpr(
 )
 QUERY = gl.constexpr(gl.NVMMASharedLayout(128, 8))
 _EXACT = gl.constexpr(11)  # halvings up to which none becomes subnormal
-
-
-@gluon.jit
-def _unpacked(code, low, high):
-    """Words of codes as e4m3: low nibbles, high nibbles, int32 [R, 16] each.  See packing.from_e2m1."""
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 magnitude, high, low, first, second, sign;
-        and.b32 magnitude, $2, 0x77777777;
-        shr.u32 high, magnitude, 16;
-        prmt.b32 first, $3, $4, magnitude;
-        prmt.b32 second, $3, $4, high;
-        prmt.b32 low, first, second, 0x6420;
-        prmt.b32 high, first, second, 0x7531;
-        shl.b32 sign, $2, 4;
-        lop3.b32 $0, sign, 0x80808080, low, 0xea;
-        lop3.b32 $1, $2, 0x80808080, high, 0xea;
-        }
-        """,
-        "=r,=r,r,r,r",
-        [code, low, high],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -120,7 +95,7 @@ def _score_tiles(
             values = gl.load(values_ptr + gl.minimum(halvings, 31), mask=rare, other=0)
             low = gl.where(rare, values.to(gl.int32), low)
             high = gl.where(rare, (values >> 32).to(gl.int32), high)
-        even, odd = _unpacked(codes[tile], low, high)
+        even, odd = nibbles_to_e4m3(codes[tile], low, high, True)
         first_half, second_half = q_s.slice(0, 64, dim=1), q_s.slice(64, 64, dim=1)
         d = warpgroup_mma(_operand(even, OPERAND), first_half.permute((1, 0)), nothing, use_acc=False, is_async=True)
         d = warpgroup_mma(_operand(odd, OPERAND), second_half.permute((1, 0)), d, is_async=True)
