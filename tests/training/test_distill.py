@@ -154,7 +154,6 @@ def test_each_teacher_judges_its_own_questions(monkeypatch: pytest.MonkeyPatch) 
     assert record["kl_b"] > 0.05
 
 
-@pytest.mark.slow
 def test_the_mean_of_models() -> None:
     models = [lively_parameters(small_config(), seed) for seed in (1, 2, 3)]
     got = distill.mean(models)
@@ -167,6 +166,7 @@ def test_the_mean_of_models() -> None:
     assert torch.equal(distill.mean(models[:1])["norm.weight"], models[0]["norm.weight"])
 
 
+@pytest.mark.slow
 def test_the_student_comes_nearer_to_both() -> None:
     student, teachers = learner(25, 4, 2, 2), [teacher("a", 7), teacher("b", 8)]
     records: list[dict[str, float]] = []
