@@ -193,6 +193,25 @@ def to_e2m1(v):
     return code | ((v.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
+# A word of eight e2m1 codes ($2) to the words of its low and its high nibbles as e4m3.  $3 and HIGH: the bytes that
+# magnitudes 0 to 3 and 4 to 7 become.
+_NIBBLES = """
+{
+.reg .b32 magnitude, high, low, first, second, sign;
+and.b32 magnitude, $2, 0x77777777;
+shr.u32 high, magnitude, 16;
+prmt.b32 first, $3, HIGH, magnitude;
+prmt.b32 second, $3, HIGH, high;
+prmt.b32 low, first, second, 0x6420;
+prmt.b32 high, first, second, 0x7531;
+shl.b32 sign, $2, 4;
+lop3.b32 $0, sign, 0x80808080, low, 0xea;
+lop3.b32 $1, $2, 0x80808080, high, 0xea;
+}
+"""
+_TO_E4M3, _TO_E4M3_BY_FOUR = tl.constexpr(_NIBBLES.replace("HIGH", "$4")), tl.constexpr(_NIBBLES.replace("HIGH", "$7"))
+
+
 @triton.jit
 def from_e2m1(code, values):
     """e2m1 codes, two a byte, as e4m3: those of the low and those of the high nibbles, uint8 each.
@@ -207,20 +226,7 @@ def from_e2m1(code, values):
     else:
         code, values = tl.broadcast(code, values)
         return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 magnitude, high, low, first, second, sign;
-            and.b32 magnitude, $2, 0x77777777;
-            shr.u32 high, magnitude, 16;
-            prmt.b32 first, $3, $7, magnitude;
-            prmt.b32 second, $3, $7, high;
-            prmt.b32 low, first, second, 0x6420;
-            prmt.b32 high, first, second, 0x7531;
-            shl.b32 sign, $2, 4;
-            lop3.b32 $0, sign, 0x80808080, low, 0xea;
-            lop3.b32 $1, $2, 0x80808080, high, 0xea;
-            }
-            """,
+            _TO_E4M3_BY_FOUR,
             "=r,=r,r,r,r,r,r,r,r,r,r",
             [code, values.to(tl.int32), (values >> 32).to(tl.int32)],
             dtype=(tl.uint8, tl.uint8),
@@ -236,20 +242,7 @@ def nibbles_to_e4m3(code, low, high, PURE: gl.constexpr):
     low, high: the bytes that magnitudes 0 to 3 and 4 to 7 become (see `from_e2m1`).  PURE: the compiler may move it.
     """
     return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 magnitude, high, low, first, second, sign;
-        and.b32 magnitude, $2, 0x77777777;
-        shr.u32 high, magnitude, 16;
-        prmt.b32 first, $3, $4, magnitude;
-        prmt.b32 second, $3, $4, high;
-        prmt.b32 low, first, second, 0x6420;
-        prmt.b32 high, first, second, 0x7531;
-        shl.b32 sign, $2, 4;
-        lop3.b32 $0, sign, 0x80808080, low, 0xea;
-        lop3.b32 $1, $2, 0x80808080, high, 0xea;
-        }
-        """,
+        _TO_E4M3,
         "=r,=r,r,r,r",
         [code, low, high],
         dtype=(gl.int32, gl.int32),
