@@ -90,11 +90,13 @@ class Run:
         Specialists know nothing of each other, nor do students: each may have a process and a GPU of its own.  Raises
         InputError for a name that there is not, and for a student whose teachers are not there.
         """
-        merging = only in (None, STUDENT, *self.students)
-        for specialist in self._named(only) if only is None or not merging else []:
-            if not self._there(specialist.name):
-                self._specialise(specialist)
-        if not merging or self._there(STUDENT):
+        if only not in (STUDENT, *self.students):
+            for specialist in self._named(only):
+                if not self._there(specialist.name):
+                    self._specialise(specialist)
+            if only is not None:
+                return
+        if only not in self.students and self._there(STUDENT):
             return
         if missing := [s.name for s in self.recipe.specialists if not self._there(s.name)]:
             raise InputError(f"there is no {self.out / missing[0]} yet", "Make the specialists first.")
